@@ -1,0 +1,78 @@
+# make demo | test | lint | bench | gpu | sanitize: each sets itself up in .venv, once.
+.PHONY: demo test lint bench gpu sanitize clean
+.DEFAULT_GOAL := test
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+# Imported by the target; what is there is left alone, so a machine without network is served too.
+BUILD := setuptools ninja pybind11 packaging wheel
+RUN := pytest pytest_benchmark numpy
+EXTRA := hypothesis pytest_timeout sklearn matplotlib rich
+LINT := ruff mypy clang_format pre_commit
+SOURCES := setup.py pyproject.toml lwkd/_version.py $(wildcard csrc/* csrc/cuda/*)
+
+demo: $(VENV)/examples
+	$(PY) -m lwkd demo
+
+test: $(VENV)/examples
+	$(PY) -m pytest
+	$(PY) -m pytest bench --benchmark-only --quick -q
+
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/**/*.cu' 'csrc/**/*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(VENV)/bin/mypy
+
+# Everything that needs a GPU: correctness, then time. A skipped GPU test is a failure.
+gpu: $(VENV)/built
+	LWKD_REQUIRE_GPU=1 $(PY) -m pytest -m gpu
+	LWKD_REQUIRE_GPU=1 $(PY) -m pytest bench --benchmark-only -m gpu
+
+bench: $(VENV)/built
+	$(PY) -m pytest bench --benchmark-only
+
+# The CPU kernels under AddressSanitizer and UBSan: the ops' own tests on a second build.
+sanitize: $(VENV)/examples
+	./tests/sanitize.sh $(PY)
+
+clean:
+	rm -rf $(VENV) build dist out lwkd.egg-info lwkd/*.so
+
+# --- set-up ------------------------------------------------------------------------------------
+
+# `need` installs the modules that are not importable: $(call need,modules)
+MISSING = $$($(PY) -c 'import importlib.util as u, sys; n = {"sklearn": "scikit-learn"}; \
+	print(*(n.get(m, m.replace("_", "-")) for m in sys.argv[1:] if u.find_spec(m) is None))' $(1))
+need = missing="$(call MISSING,$(1))"; test -z "$$missing" || $(PIP) -c requirements-dev.txt $$missing
+
+$(VENV)/torch:
+	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+			> $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth; \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+		$(PIP) -r requirements-dev.txt; \
+	fi
+	touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	$(call need,$(BUILD) $(RUN))
+	$(PY) -c 'import setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77' 2>/dev/null \
+		|| $(PIP) -c requirements-dev.txt --upgrade setuptools
+	$(PIP) --no-build-isolation --no-deps --no-index -e .
+	touch $@
+
+$(VENV)/examples: $(VENV)/built
+	$(call need,$(EXTRA))
+	touch $@
+
+$(VENV)/lint: $(VENV)/torch
+	$(call need,$(LINT))
+	touch $@

@@ -1,0 +1,244 @@
+"""The demo's experiment: a small network distilled on scikit-learn's bundled digits.
+
+1,797 images of 8×8 pixels in 10 classes, 1,347 to train and 450 to test in a fixed split. A
+convolutional teacher is trained once. Then, for each seed, the same student with the same data
+order is trained twice on cross-entropy + attention transfer: at one rate, and with `LayerwiseLR`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwkd.layers import LayerPairs, pair_layers
+from lwkd.losses import AttentionTransfer
+from lwkd.schedule import LayerwiseLR, param_groups_layerwise
+
+ARMS = ("uniform", "layer-wise")
+Batch = tuple[Tensor, Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the demo does.
+
+    Attributes:
+        seeds: How many students each arm trains.
+        epochs: Of a student.
+        teacher_epochs: Of the teacher.
+        policy: Of `LayerwiseLR`; None is its default.
+        device: Where everything runs.
+        lr: The unscaled rate of both arms (SGD, momentum 0.9).
+        beta: Weight of the attention transfer.
+        limit: Use only so many training images; None: all.
+    """
+
+    seeds: int = 3
+    epochs: int = 20
+    teacher_epochs: int = 15
+    policy: str | None = None
+    device: str = "cpu"
+    lr: float = 0.05
+    beta: float = 10.0
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has measured.
+
+    Attributes:
+        pairs: The table of paired layers, as text.
+        layers: The student's layer names.
+        teacher_accuracy: On the test images, in [0, 1].
+        layer_rows: Dicts of arm, seed, epoch, layer, distance, multiplier: the first batch at
+            epoch 0, then the means over each epoch.
+        accuracy_rows: Dicts of arm, seed, epoch, accuracy on the test images.
+    """
+
+    pairs: str
+    layers: list[str]
+    teacher_accuracy: float
+    layer_rows: list[Row] = field(default_factory=list)
+    accuracy_rows: list[Row] = field(default_factory=list)
+
+    def final(self, arm: str) -> tuple[float, float]:
+        """Return mean and standard deviation over the seeds of an arm's last test accuracies."""
+        last = max(row["epoch"] for row in self.accuracy_rows)
+        values = [
+            r["accuracy"] for r in self.accuracy_rows if r["arm"] == arm and r["epoch"] == last
+        ]
+        return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+class Network(nn.Module):
+    """Three convolutional stages at 8×8, 4×4 and 2×2 positions, and a linear head."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.stage1 = _stage(1, widths[0])
+        self.stage2 = _stage(widths[0], widths[1])
+        self.stage3 = _stage(widths[1], widths[2])
+        self.head = nn.Linear(widths[2], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [N, 10] of images [N, 1, 8, 8]."""
+        x = F.max_pool2d(self.stage1(x), 2)
+        x = self.stage3(F.max_pool2d(self.stage2(x), 2))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def _stage(inside: int, outside: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU())
+
+
+def load_digits(device: str, limit: int | None = None) -> tuple[Batch, Batch]:
+    """Return (images, labels) to train and to test: float32 [N, 1, 8, 8] in [0, 1], int64 [N].
+
+    Raises:
+        RuntimeError: scikit-learn is not installed; the message says what to install.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise RuntimeError(
+            "the digits come with scikit-learn, which is not installed: pip install lwkd[examples]"
+        ) from None
+    data = datasets.load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
+    labels = torch.tensor(data.target, dtype=torch.int64, device=device)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
+    train, test = order[:1347][:limit], order[1347:]
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def batches(data: Batch, generator: torch.Generator, size: int = 64) -> Iterator[Batch]:
+    """Yield the batches of one epoch in a new order."""
+    images, labels = data
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    for chosen in order.split(size):
+        yield images[chosen], labels[chosen]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Batch) -> float:
+    """Return the share of right answers, in eval mode."""
+    network.eval()
+    right = (network(data[0]).argmax(1) == data[1]).float().mean()
+    network.train()
+    return float(right)
+
+
+def fresh(widths: Sequence[int], seed: int, device: str) -> Network:
+    """Return a network whose weights depend on nothing but the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(widths).to(device)
+
+
+def train_teacher(data: Batch, settings: Settings, tick: Callable[[], None]) -> Network:
+    """Train the teacher with Adam; return it in eval mode."""
+    teacher = fresh((32, 64, 128), 0, settings.device)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(settings.teacher_epochs):
+        for images, labels in batches(data, generator):
+            optimizer.zero_grad()
+            F.cross_entropy(teacher(images), labels).backward()
+            optimizer.step()
+        tick()
+    return teacher.eval().requires_grad_(False)
+
+
+def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> Result:
+    """Train the teacher and the students of both arms.
+
+    Args:
+        settings: What to do.
+        tick: Called once per epoch; there are `total_ticks`.
+
+    Returns:
+        The rows recorded.
+
+    Raises:
+        RuntimeError: scikit-learn is not installed.
+        ValueError: An unknown policy.
+    """
+    train, test = load_digits(settings.device, settings.limit)
+    teacher = train_teacher(train, settings, tick)
+    pairs = pair_layers(fresh((8, 16, 32), 0, settings.device), teacher, example_inputs=train[0][:2])
+    result = Result(str(pairs), pairs.names, accuracy(teacher, test))
+    for seed in range(settings.seeds):
+        start = fresh((8, 16, 32), seed, settings.device)
+        for arm in ARMS:
+            student = copy.deepcopy(start)
+            for epoch, d, m in distil(student, teacher, pairs.names, arm, seed, train, settings):
+                where = {"arm": arm, "seed": seed, "epoch": epoch}
+                result.layer_rows.extend(
+                    {**where, "layer": layer, "distance": x, "multiplier": y}
+                    for layer, x, y in zip(pairs.names, d.tolist(), m.tolist(), strict=True)
+                )
+                if epoch:
+                    right = accuracy(student, test)
+                    result.accuracy_rows.append({**where, "accuracy": right})
+                    tick()
+    return result
+
+
+def total_ticks(settings: Settings) -> int:
+    """Return how often `run` calls ``tick``."""
+    return settings.teacher_epochs + len(ARMS) * settings.seeds * settings.epochs
+
+
+def distil(
+    student: Network,
+    teacher: Network,
+    layers: Sequence[str],
+    arm: str,
+    seed: int,
+    data: Batch,
+    settings: Settings,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Train one student; yield (epoch, distances [L], multipliers [L]), see `Result.layer_rows`."""
+    pairs = pair_layers(student, teacher, list(layers))
+    groups = param_groups_layerwise(student, pairs, lr=settings.lr, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    base = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, settings.epochs * -(-len(data[0]) // 64)
+    )
+    layerwise = arm == "layer-wise"
+    rates = LayerwiseLR(optimizer, pairs, policy=settings.policy, base=base) if layerwise else None
+    transfer = AttentionTransfer(settings.beta)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(1, settings.epochs + 1):
+        seen = []
+        for images, labels in batches(data, generator):
+            with pairs.capture() as features:
+                logits = student(images)
+                with torch.no_grad():
+                    teacher(images)
+            terms = transfer(features.student, features.teacher)
+            optimizer.zero_grad()
+            (F.cross_entropy(logits, labels) + terms.total).backward()
+            d = terms.per_layer.detach()
+            m = rates.multipliers if rates is not None else torch.ones_like(d)
+            seen.append(torch.stack([d, m]))
+            if epoch == 1 and len(seen) == 1:
+                yield 0, d, m
+            optimizer.step()
+            if rates is not None:
+                rates.update(d)
+                rates.step()
+            else:
+                base.step()
+        yield epoch, *torch.stack(seen).mean(0)

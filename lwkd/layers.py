@@ -1,0 +1,607 @@
+"""Which layer of the student is compared to which layer of the teacher.
+
+Names are those of ``named_modules()`` of the plain network: what ``DistributedDataParallel``
+(``module.``) and ``torch.compile`` (``_orig_mod.``) put in front of them is stripped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import isqrt, log2, prod
+from typing import Any, overload
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lwkd.hooks import COMPILED, Capture, Features, compiled_module, run, untouched
+from lwkd.ops.checks import message, suggest
+
+_OP = "pair_layers"
+_WRAPPERS = ("module", "_orig_mod")
+Shape = tuple[int, ...]
+Modules = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A layer of the student and the layer of the teacher that it is compared to.
+
+    Attributes:
+        student: Module name in the student.
+        teacher: Module name in the teacher.
+        student_shape: Shape of the student's output for the example inputs, None without them.
+        teacher_shape: Shape of the teacher's.
+        note: What happens where the shapes differ, and why "auto" chose the pair.
+    """
+
+    student: str
+    teacher: str
+    student_shape: Shape | None
+    teacher_shape: Shape | None
+    note: str
+
+
+class LayerPairs(Sequence[LayerPair]):
+    """What :func:`pair_layers` returns: an immutable sequence of pairs and their two networks.
+
+    ``str()`` is a table. A slice is again a ``LayerPairs``.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[LayerPair],
+        student: nn.Module,
+        teacher: nn.Module,
+        compiled: str | None = None,
+    ) -> None:
+        self._pairs = tuple(pairs)
+        self._student, self._teacher = student, teacher
+        self._compiled = compiled
+        inside = named_layers(student), named_layers(teacher)
+        self._student_layers = tuple((p.student, inside[0][p.student]) for p in self._pairs)
+        self._teacher_layers = tuple((p.teacher, inside[1][p.teacher]) for p in self._pairs)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped."""
+        return self._student
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher, unwrapped."""
+        return self._teacher
+
+    @property
+    def names(self) -> list[str]:
+        """The student's module names, in order, each once."""
+        return [p.student for p in self._pairs]
+
+    @property
+    def student_layers(self) -> tuple[tuple[str, nn.Module], ...]:
+        """(name, module) of the student's layers, in order."""
+        return self._student_layers
+
+    @property
+    def teacher_layers(self) -> tuple[tuple[str, nn.Module], ...]:
+        """(name, module) of the teacher's layers, in order."""
+        return self._teacher_layers
+
+    def capture(self) -> Features:
+        """Return a context manager that keeps the paired layers' activations, graph included.
+
+        Its ``.student`` and ``.teacher`` are lists of L tensors, to be read as soon as the
+        networks have run. They stay alive as long as the object does.
+
+        Returns:
+            The context manager; for one with-block at a time.
+
+        Raises:
+            RuntimeError: Here, on a compiled network. On reading: for a layer that did not run, or
+                ran several times; whose activation was changed in place afterwards; or, in the
+                student, that ran without a graph in a block with gradients (reentrant activation
+                checkpointing). Each names the layer.
+            TypeError: From the forward, for a layer that returns no tensor.
+
+        >>> import torch
+        >>> student, teacher = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 5))
+        >>> pairs = pair_layers(student, teacher, ["0"])
+        >>> with pairs.capture() as features:
+        ...     _ = student(torch.ones(2, 4)), teacher(torch.ones(2, 4))
+        >>> [tuple(x.shape) for x in features.student + features.teacher]
+        [(2, 3), (2, 5)]
+        """
+        self.refuse_compiled("LayerPairs.capture")
+        return Features(self._student_layers, self._teacher_layers)
+
+    def refuse_compiled(self, op: str) -> None:
+        """Raise where hooks would not fire.
+
+        Args:
+            op: The public name of the caller, for the error.
+
+        Raises:
+            RuntimeError: If a network, or a module inside one, is compiled.
+        """
+        for side, network in (("student", self._student), ("teacher", self._teacher)):
+            inside = compiled_module(network)
+            if self._compiled == side or inside is not None:
+                raise RuntimeError(message(op, side, *COMPILED, layer=inside or None))
+
+    @overload
+    def __getitem__(self, index: int) -> LayerPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> LayerPairs: ...
+    def __getitem__(self, index: int | slice) -> LayerPair | LayerPairs:
+        if isinstance(index, slice):
+            return LayerPairs(self._pairs[index], self._student, self._teacher, self._compiled)
+        return self._pairs[index]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __str__(self) -> str:
+        rows = [("student layer", "shape", "teacher layer", "shape", "note")]
+        rows += [
+            (p.student, _x(p.student_shape), p.teacher, _x(p.teacher_shape), p.note or "-")
+            for p in self._pairs
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows.insert(1, tuple("-" * w for w in widths))  # type: ignore[arg-type]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def _x(sizes: Iterable[int] | None) -> str:
+    return "?" if sizes is None else "x".join(map(str, sizes))
+
+
+def pair_layers(
+    student: nn.Module, teacher: nn.Module, pairs: Any = "auto", *, example_inputs: Any = None
+) -> LayerPairs:
+    """Pair layers of a student with layers of its teacher.
+
+    ``"auto"`` runs both networks once on ``example_inputs`` and takes the layers where resolution
+    or channel count changes: the last module before each change along the forward order. A stem of
+    single layers in front of composite blocks, stages without parameters (pooling) and layers of
+    one position are passed over. Networks of equal blocks (transformers) have no such changes:
+    their blocks are taken. Student and teacher are matched in order, each layer of the one with
+    fewer to the layer of the other that is nearest in relative depth (the share of weight layers
+    before it).
+
+    Args:
+        student: The student; wrappers (DDP, ``torch.compile``) are looked through.
+        teacher: The teacher.
+        pairs: One of
+
+            - a list of module names, the same in both networks, or (student, teacher) tuples of
+              names;
+            - a dict from student names to teacher names;
+            - a list of (regex, regex): a tuple that is not two module names. Each must match
+              module names in full, equally many on both sides, paired in order;
+            - ``"auto"``.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments for both
+            networks. Needed by "auto"; otherwise optional, to show shapes and check that the layers
+            run. The networks run in eval mode without gradients, on their own devices; modes,
+            buffers, generators, hooks and ``.grad`` are left as they were.
+
+    Returns:
+        The pairs, with ``.student`` and ``.teacher`` unwrapped.
+
+    Raises:
+        ValueError: For an unknown name (with close matches), a student layer that occurs twice, an
+            empty choice, a regex without match or with different counts, a container that never
+            runs, or networks that "auto" cannot pair.
+        TypeError: If ``pairs`` is none of the above, or a layer returns no tensor.
+        RuntimeError: If a chosen layer did not run on ``example_inputs``.
+
+    >>> import torch
+    >>> def cnn(width):
+    ...     return nn.Sequential(
+    ...         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+    ...         nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
+    ...         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+    >>> pairs = pair_layers(cnn(4), cnn(8), example_inputs=torch.zeros(2, 1, 8, 8))
+    >>> [(p.student, p.student_shape, p.teacher) for p in pairs]
+    [('1', (2, 4, 8, 8), '1'), ('4', (2, 8, 4, 4), '4')]
+    >>> print(pairs[0].note)
+    channels differ: fine, maps compare; auto: last at 4x8x8 | last at 8x8x8
+    >>> pair_layers(cnn(4), cnn(8), ["5", ("1", "4")]).names
+    ['5', '1']
+    """
+    compiled = next(
+        (s for s, n in (("student", student), ("teacher", teacher)) if compiled_module(n) == ""),
+        None,
+    )
+    networks = _unwrap(student), _unwrap(teacher)
+    if networks[0] is networks[1]:
+        raise ValueError(message(_OP, "teacher", "another network", "the student itself"))
+    layers = named_layers(networks[0]), named_layers(networks[1])
+    if isinstance(pairs, str):
+        if pairs != "auto":
+            expected = '"auto", or a list of module names or pairs'
+            raise ValueError(message(_OP, "pairs", expected, repr(pairs)))
+        chosen = _auto(networks, layers, example_inputs)
+    else:
+        chosen = [(s, t, "") for s, t in _explicit(pairs, layers)]
+        _check(chosen, layers)
+    return LayerPairs(_describe(chosen, networks, layers, example_inputs), *networks, compiled)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """Return what a DDP, torch.compile or averaging wrapper holds, or None for other modules."""
+    if "_orig_mod" in module._modules:
+        return module._modules["_orig_mod"]
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+    return module.module if isinstance(module, wrappers) else None
+
+
+def _unwrap(network: nn.Module) -> nn.Module:
+    while (inner := _wrapped(network)) is not None:
+        network = inner
+    return network
+
+
+def named_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return every module inside a network by its name, wrappers looked through.
+
+    Args:
+        network: The network.
+
+    Returns:
+        name -> module in definition order, without the network itself; a module that has two names
+        is there twice.
+
+    >>> list(named_layers(nn.Sequential(nn.Sequential(nn.ReLU()), nn.Linear(2, 2))))
+    ['0', '0.0', '1']
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, child in _unwrap(network)._modules.items():
+        if child is not None:
+            layers[name] = _unwrap(child)
+            layers.update((f"{name}.{k}", m) for k, m in named_layers(child).items())
+    return layers
+
+
+def plain_name(name: str, layers: Iterable[str]) -> str:
+    """Strip ``module.`` and ``_orig_mod.`` from a name, unless a layer is really called so.
+
+    Args:
+        name: The name of a module or parameter.
+        layers: The names that exist.
+
+    Returns:
+        The name as the plain network has it.
+
+    >>> plain_name("module._orig_mod.layer1.0", ["layer1.0"])
+    'layer1.0'
+    """
+    known = set(layers)
+    parts = name.split(".")
+    while ".".join(parts) not in known and parts[0] in _WRAPPERS and len(parts) > 1:
+        parts = parts[1:]
+    if ".".join(parts) in known:
+        return ".".join(parts)
+    return ".".join(p for p in parts if p not in _WRAPPERS)
+
+
+# --- explicit pairs ----------------------------------------------------------------------------
+
+
+def _explicit(pairs: Any, layers: tuple[Modules, Modules]) -> list[tuple[str, str]]:
+    """Turn every accepted form of ``pairs`` into (student name, teacher name)."""
+    if not isinstance(pairs, (Mapping, list, tuple)):
+        expected = 'a list of names or (student, teacher) tuples, a dict, or "auto"'
+        raise TypeError(message(_OP, "pairs", expected, type(pairs)))
+    chosen: list[tuple[str, str]] = []
+    items = [tuple(i) for i in pairs.items()] if isinstance(pairs, Mapping) else pairs
+    for item in items:
+        both = (item, item) if isinstance(item, str) else item
+        if not isinstance(both, tuple) or [type(b) for b in both] != [str, str]:
+            expected = "a module name or a (student, teacher) tuple of names or regexes"
+            raise TypeError(message(_OP, "pairs", expected, repr(item)))
+        names = plain_name(both[0], layers[0]), plain_name(both[1], layers[1])
+        if names[0] in layers[0] and names[1] in layers[1]:
+            chosen.append(names)
+        elif isinstance(item, str) or isinstance(pairs, Mapping):
+            for side, name, known in zip(("student", "teacher"), names, layers, strict=True):
+                if name not in known:
+                    expected = f"the name of a module of the {side}"
+                    got = repr(name) + suggest(name, known)
+                    raise ValueError(message(_OP, "pairs", expected, got))
+        else:
+            chosen += _match(both, layers)
+    return chosen
+
+
+def _match(patterns: tuple[str, ...], layers: tuple[Modules, Modules]) -> list[tuple[str, str]]:
+    """Pair, in order, the modules whose names the two regexes match in full."""
+    found = []
+    for side, pattern, known in zip(("student", "teacher"), patterns, layers, strict=True):
+        expected = f"the name of a module of the {side}, or a regex that matches some in full"
+        bare = re.sub(r"(^|(?<=\.))((module|_orig_mod)\\?\.)+", "", pattern)
+        try:
+            names = [n for n in known if re.fullmatch(pattern, n)]
+            names = names or [n for n in known if re.fullmatch(bare, n)]
+        except re.error as error:
+            got = f"{pattern!r} ({error})"
+            raise ValueError(message(_OP, "pairs", expected, got)) from None
+        if not names:
+            got = f"{pattern!r}, which matches none" + suggest(pattern, known)
+            raise ValueError(message(_OP, "pairs", expected, got))
+        found.append(names)
+    if len(found[0]) != len(found[1]):
+        expected = f"regexes {patterns} with equally many matches"
+        raise ValueError(message(_OP, "pairs", expected, f"{found[0]} and {found[1]}"))
+    return list(zip(*found, strict=True))
+
+
+def _check(chosen: Sequence[tuple[str, str, str]], layers: tuple[Modules, Modules]) -> None:
+    if not chosen:
+        raise ValueError(message(_OP, "pairs", "at least one pair", "none"))
+    seen: dict[nn.Module, str] = {}
+    for s, t, _ in chosen:
+        for side, name, known in (("student", s, layers[0]), ("teacher", t, layers[1])):
+            if type(known[name]).forward is nn.Module.forward:
+                children = [f"{name}.{child}" for child, _ in known[name].named_children()]
+                expected = f"a module of the {side} that runs"
+                got = f"a {type(known[name]).__name__}, which never does; pair its children"
+                raise ValueError(message(_OP, "pairs", expected, f"{got} {children}", layer=name))
+        module = layers[0][s]
+        if module in seen:
+            got = "it twice" if seen[module] == s else f"it also as {seen[module]!r}"
+            raise ValueError(message(_OP, "pairs", "each student layer once", got, layer=s))
+        if module is layers[1][t]:
+            expected = "different modules in student and teacher"
+            raise ValueError(message(_OP, "pairs", expected, "one that they share", layer=s))
+        seen[module] = s
+
+
+# --- what a pair looks like --------------------------------------------------------------------
+
+
+def _describe(
+    chosen: Sequence[tuple[str, str, str]],
+    networks: tuple[nn.Module, nn.Module],
+    layers: tuple[Modules, Modules],
+    example_inputs: Any,
+) -> list[LayerPair]:
+    """Add shapes and notes, by running the networks if there are inputs for it."""
+    if example_inputs is None:
+        return [LayerPair(s, t, None, None, why) for s, t, why in chosen]
+    shapes: list[list[Shape]] = []
+    for side, network in enumerate(networks):
+        named = [(c[side], layers[side][c[side]]) for c in chosen]
+        with untouched(network), Capture(_OP, named, lambda _, x: tuple(x.shape)) as capture:
+            run(_OP, network, example_inputs)
+        shapes.append([capture.calls(i)[0] for i in range(len(named))])
+    described = []
+    for (s, t, why), a, b in zip(chosen, *shapes, strict=True):
+        note = "; ".join(part for part in (_mismatch(a, b), why) if part)
+        described.append(LayerPair(s, t, a, b, note))
+    return described
+
+
+def _mismatch(a: Shape, b: Shape) -> str:
+    """Say what the attention kind does with two shapes."""
+    if min(len(a), len(b)) < 3:
+        return "no space axis: maps cannot compare them"
+    if len(a) == len(b) == 3:
+        hint = "pass channel_dim (-1 for tokens, 1 for signals)"
+        few, many = sorted((a[1], b[1]))
+        return hint if few == many else f"{hint}; as tokens, maps pooled {many} -> {few}"
+    if len(a) == 3 or len(b) == 3:
+        folds = [_fold(x) if len(x) == 3 else "None" for x in (a, b)]
+        return f"pass tokens=({folds[0]}, {folds[1]})"
+    if len(a) != len(b):
+        return "different numbers of dimensions: maps cannot compare them"
+    space = tuple(map(min, a[2:], b[2:]))
+    notes = [
+        f"{side}maps pooled {_x(x[2:])} -> {_x(space)}"
+        for side, x in (("student ", a), ("teacher ", b))
+        if x[2:] != space
+    ]
+    notes = [n.split(" ", 1)[1] for n in notes] if len(notes) == 1 else notes
+    return "; ".join(notes + ["channels differ: fine, maps compare"] * (a[1] != b[1]))
+
+
+def _fold(shape: Shape) -> str:
+    """Guess (h, w, prefix) of [N, T, D]: the largest square, if few tokens are left over."""
+    side = isqrt(shape[1])
+    prefix = shape[1] - side * side
+    return f"({side}, {side}, {prefix})" if prefix <= 5 else "(h, w, prefix)"
+
+
+# --- auto --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A module that ran, in order of completion; weights: how many weight layers had run."""
+
+    name: str
+    module: nn.Module
+    shape: Shape
+    weights: int
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    shape: Shape
+    depth: float
+    why: str
+
+
+def _auto(
+    networks: tuple[nn.Module, nn.Module], layers: tuple[Modules, Modules], inputs: Any
+) -> list[tuple[str, str, str]]:
+    if inputs is None:
+        raise ValueError(message(_OP, "example_inputs", 'inputs to run, for pairs="auto"', "None"))
+    found = []
+    for side, network, known in zip(("student", "teacher"), networks, layers, strict=True):
+        events = _trace(network, known, inputs)
+        candidates = _blocks(events) or _stages(events)
+        if not candidates:
+            names = [e.name for e in events][:8]
+            expected = f"layers of more than one position [N, C, *space] or [N, T, D] in the {side}"
+            got = (
+                f"none in {type(network).__name__}, where these ran: {names}; "
+                "pass pairs=[('student layer', 'teacher layer'), ...]"
+            )
+            raise ValueError(message(_OP, "pairs='auto'", expected, got))
+        found.append(candidates)
+    chosen = [(s.name, t.name, f"auto: {s.why} | {t.why}") for s, t in _align(*found)]
+    _check(chosen, layers)
+    return chosen
+
+
+def _trace(network: nn.Module, layers: Modules, inputs: Any) -> list[_Event]:
+    """Run a network; list the modules that ran once and put out a tensor with the batch first."""
+    unique: dict[nn.Module, str] = {}
+    for name, module in layers.items():
+        unique.setdefault(module, name)
+    named = [(name, module) for module, name in unique.items()]
+    events: list[_Event] = []
+    weights = 0
+
+    def record(i: int, x: Tensor) -> None:
+        nonlocal weights
+        name, module = named[i]
+        weights += any(p.dim() > 1 for p in module.parameters(recurse=False))
+        events.append(_Event(name, module, tuple(x.shape), weights))
+
+    with untouched(network), Capture(_OP, named, record, lenient=True):
+        run(_OP, network, inputs)
+    calls = Counter(e.name for e in events)
+    batch = _batch(inputs)
+    return [e for e in events if calls[e.name] == 1 and e.shape[:1] == (batch,)]
+
+
+def _batch(inputs: Any) -> int | None:
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.dim() else None
+    items = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next((x.shape[0] for x in items if isinstance(x, Tensor) and x.dim()), None)
+
+
+def _blocks(events: Sequence[_Event]) -> list[_Candidate]:
+    """Take the repeated blocks of a network that consists of blocks of one shape."""
+    classes: dict[type, list[_Event]] = {}
+    for e in events:
+        if _composite(e) and type(e.module) is not nn.Sequential and len(e.shape) > 2:
+            classes.setdefault(type(e.module), []).append(e)
+    groups = [_outermost(group) for group in classes.values()]
+    groups = [g for g in groups if len(g) > 1]
+    largest = max(groups, key=lambda g: sum(map(_numel, g)), default=[])
+    total = sum(_numel(e) for e in _outermost(events))
+    if len({e.shape for e in largest}) != 1 or 2 * sum(map(_numel, largest)) < total:
+        return []
+    n = len(largest)
+    return [
+        _Candidate(e.name, e.shape, i / n, f"block {i} of {n}") for i, e in enumerate(largest, 1)
+    ]
+
+
+def _stages(events: Sequence[_Event]) -> list[_Candidate]:
+    """Take the last module before each change of resolution or channel count."""
+    children: dict[str, list[_Event]] = {"": []}
+    ran = {e.name for e in events}
+    for e in events:
+        children.setdefault(next((a for a in _above(e.name) if a in ran), ""), []).append(e)
+    level = _level(children, "")
+    ends = _ends(level)
+    while len(ends) < 2 and (inside := [e for e in level if e.name in children]):
+        whole = max(inside, key=_numel)
+        at = level.index(whole)
+        level = level[:at] + _level(children, whole.name) + level[at + 1 :]
+        ends = _ends(level) or ends
+    last = ends[-1].weights if ends else 1
+    return [
+        _Candidate(e.name, e.shape, e.weights / max(last, 1), f"last at {_x(e.shape[1:])}")
+        for e in ends
+    ]
+
+
+def _level(children: Mapping[str, list[_Event]], name: str) -> list[_Event]:
+    """List what runs directly inside a module, looking into trunks: what changes size twice."""
+    level: list[_Event] = []
+    for e in children[name]:
+        inside = [x.shape for x in children.get(e.name, []) if _spatial(x)]
+        sizes = {s[2:] for s in inside if len(s) > 3}
+        # [N, A, B] is tokens or a signal: a trunk changes both sizes, a block at most one twice
+        sides = min(len({s[d] for s in inside if len(s) == 3}) for d in (1, 2))
+        if max(len(sizes), sides) > 2:
+            level += _level(children, e.name)
+        else:
+            level.append(e)
+    return level
+
+
+def _ends(level: Sequence[_Event]) -> list[_Event]:
+    """Return the last module of each stage: a run of outputs of one shape, with parameters."""
+    runs = [list(run) for _, run in groupby(filter(_spatial, level), key=lambda e: e.shape[1:])]
+    runs = [run for run in runs if any(map(_numel, run))]
+    # Where two stages or more hold composite blocks, single layers are stem or transition.
+    deep = [run for run in runs if any(map(_composite, run))]
+    runs = deep if len(deep) > 1 else runs
+    dropout = nn.modules.dropout._DropoutNd
+    kept = ([e for e in run if not isinstance(e.module, dropout)] for run in runs)
+    return [run[-1] for run in kept if run]
+
+
+def _align(a: list[_Candidate], b: list[_Candidate]) -> list[tuple[_Candidate, _Candidate]]:
+    """Match every layer of the shorter list to one of the longer, in order.
+
+    Minimises the sum of differences in relative depth, then of resolution, by dynamic programming.
+    """
+    if len(a) > len(b):
+        return [(s, t) for t, s in _align(b, a)]
+    best: list[tuple[float, float, list[int]]] = [(0.0, 0.0, [])] * (len(b) + 1)
+    for s in a:
+        row: list[tuple[float, float, list[int]]] = [(float("inf"), 0.0, [])]
+        for j, t in enumerate(b):
+            depth, size, path = best[j]
+            apart = abs(log2(_positions(s.shape) / _positions(t.shape)))
+            taken = (round(depth + abs(s.depth - t.depth), 6), round(size + apart, 6), [*path, j])
+            row.append(min(row[-1], taken, key=lambda r: r[:2]))
+        best = row
+    return [(s, b[j]) for s, j in zip(a, best[-1][2], strict=True)]
+
+
+def _spatial(e: _Event) -> bool:
+    """Whether an output has more than one position."""
+    if len(e.shape) == 3:
+        return min(e.shape[1:]) > 1
+    return len(e.shape) > 3 and prod(e.shape[2:]) > 1
+
+
+def _positions(shape: Shape) -> int:
+    return shape[1] if len(shape) == 3 else prod(shape[2:])
+
+
+def _composite(e: _Event) -> bool:
+    return any(any(True for _ in c.parameters()) for c in e.module.children())
+
+
+def _numel(e: _Event) -> int:
+    return sum(p.numel() for p in e.module.parameters())
+
+
+def _above(name: str) -> list[str]:
+    """List the names of the modules around a module, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1)]
+
+
+def _outermost(events: Sequence[_Event]) -> list[_Event]:
+    names = {e.name for e in events}
+    return [e for e in events if not names.intersection(_above(e.name))]

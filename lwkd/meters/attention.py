@@ -1,0 +1,335 @@
+"""Attention distances of two networks while they run; the teacher is streamed, not stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lwkd.hooks import Capture, run, untouched
+from lwkd.layers import LayerPairs
+from lwkd.ops import attention_maps, layer_discrepancy
+from lwkd.ops.attention import check_options
+from lwkd.ops.checks import message
+
+_OP = "AttentionMeter"
+Fold = tuple[int, int, int]
+
+
+class AttentionMeter:
+    """Measures the attention distance of every layer pair, in a with-block around the forwards.
+
+    Activations are reduced to maps m[n,q] = Σ_c |x[n,c,q]|^p the moment a layer has produced them:
+    one float a position, sample and layer stays, of the student and of the teacher, and nothing of
+    the graph; the training step is not touched. The distances are those of
+    ``ops.layer_discrepancy``: D[n] = Σ_q (m_S/‖m_S‖₂ − m_T/‖m_T‖₂)² ("l2") or the Jensen–Shannon
+    divergence of the maps ("js"). Sources: Zagoruyko & Komodakis 2017; Kokane, Uddin & Xu 2024.
+
+    In a block the j-th call of a layer in the student is compared to the j-th of its partner in the
+    teacher; the mean is over the samples of all calls. Recomputations of activation checkpointing
+    do not count. Every ``every``-th block is due, the first one included; in the others no hooks
+    are installed. A block that ends with an exception leaves nothing and is not counted. No host
+    synchronisation takes place.
+
+    Args:
+        pairs: From :func:`lwkd.pair_layers`.
+        divergence: "l2" or "js".
+        p: Power of the map, ≥ 1.
+        beta: The student's weight in "js", in (0, 1).
+        channel_dim: An int, a (student, teacher) tuple, or a list of L of these. None means 1 for
+            four or more dimensions; three dimensions must say (1: [N, C, T], -1: [N, T, D]),
+            unless ``tokens`` does.
+        tokens: A (student, teacher) pair, each None or (h, w, prefix): that side's layers put out
+            [N, prefix + h·w, D]; the prefix is dropped and the rest folded to an h×w grid.
+        seed: Of no effect, since nothing is random here; all meters take it.
+        every: Measure in every k-th block.
+        backend: Of the comparison: None, "reference", "compiled" or "triton".
+
+    Raises:
+        ValueError: p, beta, divergence, every, channel_dim or tokens out of range; from a forward:
+            an output of the wrong shape (the message names the layer).
+        TypeError: ``pairs`` is not a ``LayerPairs``; from a forward: a layer without a tensor.
+        RuntimeError: On entering: a block inside a block, or a compiled network, for which
+            ``measure`` and ``ops.layer_discrepancy`` are there.
+
+    >>> import torch
+    >>> from lwkd.layers import pair_layers
+    >>> student = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    >>> teacher = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU())
+    >>> meter = AttentionMeter(pair_layers(student, teacher, ["1"]), every=2)
+    >>> for step in range(3):
+    ...     x = torch.ones(2, 1, 8, 8)
+    ...     with meter, torch.no_grad():
+    ...         _ = student(x), teacher(x)
+    ...     d = meter.discrepancy()
+    ...     print(None if d is None else tuple(d.shape))
+    (1,)
+    None
+    (1,)
+    """
+
+    def __init__(
+        self,
+        pairs: LayerPairs,
+        *,
+        divergence: str = "l2",
+        p: float = 2.0,
+        beta: float = 0.5,
+        channel_dim: int | Sequence[Any] | None = None,
+        tokens: Sequence[Fold | None] | None = None,
+        seed: int = 0,
+        every: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(pairs, LayerPairs):
+            raise TypeError(message(_OP, "pairs", "LayerPairs, from pair_layers", type(pairs)))
+        check_options(_OP, p, divergence, beta)
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(message(_OP, "every", "an int ≥ 1", repr(every)))
+        self.pairs, self.seed, self.every = pairs, seed, every
+        self._p = p
+        self._compare = partial(
+            layer_discrepancy, p=1.0, channel_dim=1, divergence=divergence, beta=beta,
+            backend=backend,
+        )  # fmt: skip
+        self._folds = _folds(tokens)
+        self._dims = _channel_dims(channel_dim, len(pairs))
+        self._calls = 0
+        self._hooks: ExitStack | None = None
+        self._sides: tuple[Capture[Tensor], Capture[Tensor]] | None = None
+        self._ready = False
+
+    def __enter__(self) -> AttentionMeter:
+        if self._hooks is not None:
+            raise RuntimeError(message(_OP, "with-block", "one entry at a time", "a second"))
+        due = self._calls % self.every == 0
+        if due:
+            self.pairs.refuse_compiled(_OP)
+        with ExitStack() as stack:
+            self._sides = self._captures(stack) if due else None
+            self._hooks = stack.pop_all()
+        self._ready = False
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__(*exception)
+        self._ready = exception[0] is None
+        self._calls += self._ready
+        if not self._ready:
+            self._sides = None
+
+    def discrepancy(self, mask: Sequence[Tensor | None] | None = None) -> Tensor | None:
+        """Return the distances of the last with-block.
+
+        May be called again: the maps stay until the next block begins.
+
+        Args:
+            mask: A list of L, each None or bool [N, *common space] with N the samples of all calls
+                in order; positions that are False are left out.
+
+        Returns:
+            [L], detached, float32 (float64 where an activation was), on the student's device; maps
+            of a teacher on another device are brought there. None if the block was not due.
+
+        Raises:
+            RuntimeError: Before any block, inside one, or after one that raised; a layer that did
+                not run, or not equally often in student and teacher.
+            ValueError: Batch sizes that differ, maps of different dimensions, or a wrong mask.
+        """
+        if not self._ready:
+            expected = "a call after a with-block that has ended without an exception"
+            got = "one inside the block" if self._hooks is not None else "no such block"
+            raise RuntimeError(message(f"{_OP}.discrepancy", "with-block", expected, got))
+        return None if self._sides is None else self._distances(*self._sides, mask)
+
+    def measure(
+        self,
+        inputs: Any,
+        target: Any = None,
+        loss_fn: Callable[..., Tensor] | None = None,
+        mask: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Run both networks once and return the distances.
+
+        Both run in eval mode, without gradients and, where they are compiled, as the original
+        modules. Modes, buffers, ``.grad``, generators and hooks are left as they were, also after
+        an exception. Does not count as a block and leaves the last block's result alone.
+
+        Args:
+            inputs: A tensor, a tuple of positional or a dict of keyword arguments for both
+                networks; tensors are moved to each network's device.
+            target: Of no effect here; all meters take it.
+            loss_fn: Likewise.
+            mask: As in :meth:`discrepancy`.
+
+        Returns:
+            [L], as from :meth:`discrepancy`.
+
+        Raises:
+            RuntimeError: Inside a with-block of this meter; a layer that did not run, or not
+                equally often in student and teacher.
+            ValueError: As :meth:`discrepancy`.
+            TypeError: ``inputs`` is none of the above, or a layer returns no tensor.
+
+        >>> import torch
+        >>> from lwkd.layers import pair_layers
+        >>> nets = [torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)) for _ in range(2)]
+        >>> AttentionMeter(pair_layers(*nets, ["0"])).measure(torch.ones(2, 1, 8, 8)).shape
+        torch.Size([1])
+        """
+        if self._hooks is not None:
+            expected, got = "a call outside the block, which would record it", "one inside"
+            raise RuntimeError(message(f"{_OP}.measure", "with-block", expected, got))
+        student, teacher = self.pairs.student, self.pairs.teacher
+        with untouched(student, teacher), ExitStack() as stack:
+            sides = self._captures(stack)
+            for network in (student, teacher):
+                run(f"{_OP}.measure", network, inputs)
+        return self._distances(*sides, mask)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return {"calls": the number of with-blocks so far}."""
+        return {"calls": self._calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue counting where ``state_dict`` left off.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it holds anything but a count.
+        """
+        calls = state.get("calls")
+        if set(state) != {"calls"} or not isinstance(calls, int) or calls < 0:
+            expected = '{"calls": int ≥ 0}'
+            raise ValueError(message(f"{_OP}.load_state_dict", "state", expected, state))
+        self._calls = calls
+
+    def _captures(self, stack: ExitStack) -> tuple[Capture[Tensor], Capture[Tensor]]:
+        student, teacher = (
+            stack.enter_context(Capture(_OP, layers, partial(self._reduce, side)))
+            for side, layers in enumerate((self.pairs.student_layers, self.pairs.teacher_layers))
+        )
+        return student, teacher
+
+    def _reduce(self, side: int, layer: int, x: Tensor) -> Tensor:
+        """Reduce an activation to its map, [N, *space]."""
+        pair, fold, dim = self.pairs[layer], self._folds[side], self._dims[layer][side]
+        argument, name = (("student", pair.student), ("teacher", pair.teacher))[side]
+        if fold is not None:
+            h, w, prefix = fold
+            dim = -1 if dim is None else dim
+            if x.dim() != 3 or x.shape[1 if dim in (-1, 2) else 2] != prefix + h * w:
+                expected = f"tokens [N, {prefix} + {h}·{w}, D]"
+                raise ValueError(message(_OP, argument, expected, list(x.shape), layer=name))
+        elif x.dim() < 3:
+            expected = "an output with a space axis, [N, C, *space] or [N, T, D]"
+            raise ValueError(message(_OP, argument, expected, list(x.shape), layer=name))
+        elif x.dim() == 3 and dim is None:
+            expected = "channel_dim (1: [N, C, T], -1: [N, T, D]) or tokens, for three dimensions"
+            raise ValueError(message(_OP, argument, expected, list(x.shape), layer=name))
+        try:
+            with torch.no_grad():
+                m = attention_maps([x.detach()], p=self._p, channel_dim=dim)[0]
+        except (TypeError, ValueError) as error:  # the op does not know whose output it is
+            raise type(error)(f"{error}; this is {argument}'s layer {name!r}") from None
+        return m if fold is None else m[:, prefix:].unflatten(1, (h, w))
+
+    def _distances(self, student: Capture[Tensor], teacher: Capture[Tensor], mask: Any) -> Tensor:
+        """Compare the maps; the calls of one batch size go through the op together."""
+        if mask is not None and len(mask) != len(self.pairs):
+            expected = f"a list of {len(self.pairs)}, one a layer"
+            raise ValueError(message(_OP, "mask", expected, len(mask)))
+        rows: dict[int, list[_Row]] = {}
+        total = [0] * len(self.pairs)
+        for i, pair in enumerate(self.pairs):
+            maps = student.calls(i), teacher.calls(i)
+            if len(maps[0]) != len(maps[1]):
+                expected = f"{len(maps[0])} call(s), as of student's layer {pair.student!r}"
+                got = len(maps[1])
+                raise RuntimeError(message(_OP, "teacher", expected, got, layer=pair.teacher))
+            sizes = [len(m) for m in maps[0]]
+            total[i] = sum(sizes)
+            masks = _split(None if mask is None else mask[i], sizes, pair.student)
+            for s, t, m in zip(*maps, masks, strict=True):
+                _check_maps(s, t, pair.teacher)
+                rows.setdefault(len(s), []).append(_Row(i, s, t.to(s.device), m))
+        with torch.no_grad():
+            parts = [
+                (group, self._compare_rows(group, mask is not None)) for group in rows.values()
+            ]
+            if len(parts) == 1 and len(parts[0][0]) == len(self.pairs):
+                return parts[0][1]
+            means: list[Any] = [0.0] * len(self.pairs)
+            for group, d in parts:
+                for row, value in zip(group, d.unbind(), strict=True):
+                    share = len(row.student) / max(total[row.layer], 1)
+                    means[row.layer] = means[row.layer] + share * value
+            return torch.stack(means)
+
+    def _compare_rows(self, rows: Sequence[_Row], masked: bool) -> Tensor:
+        # A map is an activation of one channel, and its own map at p = 1.
+        student = [r.student.unsqueeze(1) for r in rows]
+        teacher = [r.teacher.unsqueeze(1) for r in rows]
+        return self._compare(student, teacher, mask=[r.mask for r in rows] if masked else None)
+
+
+class _Row(NamedTuple):
+    """One call of one layer in both networks."""
+
+    layer: int
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None
+
+
+def _check_maps(s: Tensor, t: Tensor, name: str) -> None:
+    if len(s) != len(t):
+        expected = f"batch size {len(s)}, as the student's"
+        raise ValueError(message(_OP, "teacher", expected, len(t), layer=name))
+    if s.dim() != t.dim():
+        expected = f"{s.dim() - 1} space dimension(s), as the student's"
+        got = f"{t.dim() - 1}; tokens=(student, teacher) folds tokens to a grid"
+        raise ValueError(message(_OP, "teacher", expected, got, layer=name))
+
+
+def _split(mask: Tensor | None, sizes: list[int], name: str) -> Sequence[Tensor | None]:
+    """Cut a mask over the samples of all calls into one a call."""
+    if mask is None:
+        return [None] * len(sizes)
+    if mask.dim() == 0 or len(mask) != sum(sizes):
+        expected = f"None or bool [{sum(sizes)}, *common space]"
+        raise ValueError(message(_OP, "mask", expected, list(mask.shape), layer=name))
+    return list(mask.split(sizes))
+
+
+def _channel_dims(channel_dim: Any, length: int) -> list[tuple[int | None, int | None]]:
+    """One (student, teacher) pair of channel dimensions a layer."""
+    items = channel_dim if isinstance(channel_dim, list) else [channel_dim] * length
+    pairs = [item if isinstance(item, tuple) else (item, item) for item in items]
+    whole = all(len(p) == 2 and all(d is None or type(d) is int for d in p) for p in pairs)
+    if len(pairs) != length or not whole:
+        expected = f"None, an int, a (student, teacher) tuple, or a list of {length} of these"
+        raise ValueError(message(_OP, "channel_dim", expected, repr(channel_dim)))
+    return pairs
+
+
+def _folds(tokens: Any) -> tuple[Fold | None, Fold | None]:
+    """The (h, w, prefix) of student and teacher."""
+    sides = (None, None) if tokens is None else tuple(tokens)
+    if len(sides) != 2 or not all(fold is None or _is_fold(fold) for fold in sides):
+        expected = "a (student, teacher) pair, each None or (h, w, prefix)"
+        raise ValueError(message(_OP, "tokens", expected, repr(tokens)))
+    return sides
+
+
+def _is_fold(fold: Any) -> bool:
+    whole = isinstance(fold, (tuple, list)) and [type(v) for v in fold] == [int, int, int]
+    return whole and min(fold[0], fold[1], fold[2] + 1) > 0

@@ -1,0 +1,120 @@
+"""The ops: distances between student and teacher, layer by layer, in one fused call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwkd.ops import attention
+from lwkd.ops.checks import message
+
+__all__ = ["KINDS", "attention_maps", "layer_discrepancy"]
+
+KINDS: dict[str, Callable[..., Tensor]] = {"attention": attention.discrepancy}
+_REDUCTIONS = ("mean", "none")
+
+
+def layer_discrepancy(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    kind: str = "attention",
+    reduction: str = "mean",
+    backend: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """Measure how far the student is from its teacher, layer by layer, in one fused call.
+
+    kind="attention", with the maps m[n,q] = Σ_c |x[n,c,q]|^p (source: Zagoruyko & Komodakis 2017)
+    pooled to the smaller size of the pair in each space dimension, masked, and then:
+
+    * divergence="l2": D[n] = Σ_q (m_S/‖m_S‖₂ − m_T/‖m_T‖₂)², in [0, 2];
+    * divergence="js": with P = m/Σm and M = βP_S + (1−β)P_T,
+      D[n] = H(M) − βH(P_S) − (1−β)H(P_T) in nats, in [0, ln 2] at β = ½
+      (source: Kokane, Uddin & Xu 2024).
+
+    Differentiable once in student and teacher; a second derivative raises. Equal operands of equal
+    layout are at a distance of exactly 0. NaN and Inf in an operand give NaN. An empty batch has
+    distance 0.
+
+    Args:
+        student: L tensors, float64/32/16 or bfloat16, any strides: [N, C, *space] with one to
+            three space dimensions, or tokens [N, T, D].
+        teacher: L tensors alike, on the same device and of the same N; C and space may differ.
+        kind: What is compared: "attention".
+        reduction: "mean" over the batch, or "none".
+        backend: None (the dispatcher chooses), "reference", "compiled" or "triton".
+        **options: For kind="attention":
+
+            * p (float, default 2.0): power of the map, ≥ 1;
+            * divergence (str, default "l2"): "l2" or "js";
+            * beta (float, default 0.5): the student's weight in "js", in (0, 1);
+            * channel_dim (int, (student, teacher) pair, or a list of L of these): None means 1
+              for four or more dimensions; three dimensions must say;
+            * tokens ((student, teacher) pair, each None or (h, w, prefix)): drop ``prefix``
+              leading tokens and fold the rest to an h×w grid;
+            * mask (list of L, each None or bool [N, *common space]): False leaves a position
+              out; no position left: distance 0.
+
+    Returns:
+        The distances, [L] or [L, N] for reduction="none": float32, float64 when an input is
+        float64, on the inputs' device; dimensionless ("l2") or in nats ("js").
+
+    Raises:
+        ValueError: A value, shape, length or device is wrong; the message names the argument and
+            the layer.
+        TypeError: An operand is no dense floating-point tensor, or an option is unknown.
+        RuntimeError: ``backend`` is not available here; the message says what to install.
+
+    >>> import torch, lwkd
+    >>> x = torch.ones(8, 16, 4, 4)
+    >>> y = torch.rand(8, 32, 8, 8)  # other channels, other resolution
+    >>> lwkd.ops.layer_discrepancy([x, x], [x, y]).shape
+    torch.Size([2])
+    >>> float(lwkd.ops.layer_discrepancy([x], [x])[0])
+    0.0
+    """
+    op = "ops.layer_discrepancy"
+    if kind not in KINDS:
+        raise ValueError(message(op, "kind", f"one of {tuple(KINDS)}", repr(kind)))
+    if reduction not in _REDUCTIONS:
+        raise ValueError(message(op, "reduction", f"one of {_REDUCTIONS}", repr(reduction)))
+    try:
+        run = KINDS[kind]
+        return run(op, student, teacher, reduction, backend, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise TypeError(message(op, "options", f"those of kind={kind!r}", error)) from None
+        raise
+
+
+def attention_maps(
+    xs: Sequence[Tensor], *, p: float = 2.0, channel_dim: int | Sequence[int] | None = None
+) -> list[Tensor]:
+    """Reduce activations to attention maps, m[n,q] = Σ_c |x[n,c,q]|^p; differentiable twice.
+
+    One position costs one float instead of C: this is how a teacher's activations are streamed.
+    Source: Zagoruyko & Komodakis 2017.
+
+    Args:
+        xs: Tensors [N, C, *space] or [N, T, D], float64/32/16 or bfloat16, on one device.
+        p: The power, ≥ 1.
+        channel_dim: The dimension summed over, an int or one a tensor; None means 1 for four or
+            more dimensions, while three dimensions must say.
+
+    Returns:
+        One map [N, *space] a tensor, float32 (float64 for float64), contiguous.
+
+    Raises:
+        ValueError: p < 1, or a wrong dimension; the message names the tensor.
+        TypeError: Not a list of dense floating-point tensors.
+
+    >>> import torch, lwkd
+    >>> lwkd.ops.attention_maps([torch.full((1, 3, 2, 2), 2.0)])[0]
+    tensor([[[12., 12.],
+             [12., 12.]]])
+    """
+    return attention.maps("ops.attention_maps", xs, p, channel_dim)

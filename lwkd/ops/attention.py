@@ -1,0 +1,319 @@
+"""The attention kind: how far a student's attention maps are from its teacher's.
+
+For layer l and sample n, with x the activations [N, C, *space], p ≥ 1 and eps = 1e-12:
+
+    map         m[n,q] = Σ_c |x[n,c,q]|^p, adaptive-average-pooled to the pair's common space,
+                0 at masked positions
+    "l2"        q = m / max(‖m‖₂, eps);   D[n] = Σ_q (q_S − q_T)²                     in [0, 2]
+    "js"        P = m / Σm (all-zero: uniform), M = βP_S + (1−β)P_T, Δ = P_S − P_T,
+                f(u) = (1+u)·log1p(u) − u;
+                D[n] = Σ_q M·[β f((1−β)Δ/M) + (1−β) f(−βΔ/M)]                 in nats
+
+which is H(M) − βH(P_S) − (1−β)H(P_T) with every term ≥ 0, so that it keeps its digits when the
+two maps are nearly equal. Sources: Zagoruyko & Komodakis 2017; the divergence: Kokane, Uddin &
+Xu 2024.
+
+An operand reaches the kernels as it is, with four integers that say how to read it as
+[N, C, *space]: (channel dimension, leading tokens to drop, h, w); h = 0 where space is not folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwkd.ops import attention_reference as reference
+from lwkd.ops import backends, operands
+from lwkd.ops.checks import message
+
+Pair = tuple[Any, Any]
+
+# --- the boundary: every argument is checked here, once ----------------------------------------
+
+
+def discrepancy(
+    op: str,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    reduction: str,
+    backend: str | None,
+    *,
+    p: float = 2.0,
+    divergence: str = "l2",
+    beta: float = 0.5,
+    channel_dim: int | Sequence[Any] | None = None,
+    tokens: Sequence[tuple[int, int, int] | None] | None = None,
+    mask: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Check the arguments of kind="attention" and call the op; see ops.layer_discrepancy."""
+    operands.check_pairs(op, student, teacher)
+    check_options(op, p, divergence, beta)
+    length = len(student)
+    dims = _channel_dims(op, channel_dim, length)
+    folds = _folds(op, tokens)
+    s_layout: list[int] = []
+    t_layout: list[int] = []
+    for i in range(length):
+        s_layout += _layout(op, "student", i, student[i], dims[i][0], folds[0])
+        t_layout += _layout(op, "teacher", i, teacher[i], dims[i][1], folds[1])
+        a = student[i].dim() if folds[0] is None else 4
+        b = teacher[i].dim() if folds[1] is None else 4
+        if a != b:
+            raise ValueError(
+                message(
+                    op, "teacher", f"{a - 2} space dimension(s), as the student's", b - 2, layer=i
+                )
+                + "; tokens=(student, teacher) folds token sequences to a grid"
+            )
+    masks = _masks(op, mask, student, teacher, s_layout, t_layout) if mask is not None else []
+    ops = backends.choose(op, backend, student[0].device)
+    distance: Tensor = ops.attention(
+        student, teacher, masks, s_layout, t_layout,
+        float(p), reference.DIVERGENCES[divergence], float(beta), reduction == "mean",
+    )[0]  # fmt: skip
+    return distance
+
+
+def check_options(op: str, p: float, divergence: str, beta: float) -> None:
+    """Raise where an option of kind="attention" is out of its range."""
+    if not 1 <= p < float("inf"):
+        raise ValueError(message(op, "p", "a finite number ≥ 1", p))
+    if divergence not in reference.DIVERGENCES:
+        names = tuple(reference.DIVERGENCES)
+        raise ValueError(message(op, "divergence", f"one of {names}", repr(divergence)))
+    if not 0 < beta < 1:
+        raise ValueError(message(op, "beta", "a number in (0, 1)", beta))
+
+
+def _channel_dims(op: str, channel_dim: Any, length: int) -> list[Pair]:
+    """One (student, teacher) pair of channel dimensions a layer; None where nothing was said."""
+    if channel_dim is None or isinstance(channel_dim, int):
+        return [(channel_dim, channel_dim)] * length
+    if isinstance(channel_dim, tuple):
+        if len(channel_dim) != 2:
+            raise ValueError(
+                message(op, "channel_dim", "a (student, teacher) pair", repr(channel_dim))
+            )
+        return [channel_dim] * length
+    if len(channel_dim) != length:
+        raise ValueError(
+            message(op, "channel_dim", f"a list of {length}, one a layer", len(channel_dim))
+        )
+    return [d if isinstance(d, tuple) else (d, d) for d in channel_dim]
+
+
+def _folds(op: str, tokens: Any) -> Pair:
+    if tokens is None:
+        return None, None
+    expected = "None or a (student, teacher) pair, each None or (h, w, prefix)"
+    if len(tokens) != 2:
+        raise ValueError(message(op, "tokens", expected, repr(tokens)))
+    for fold in tokens:
+        if fold is not None and (len(fold) != 3 or fold[0] < 1 or fold[1] < 1 or fold[2] < 0):
+            raise ValueError(message(op, "tokens", expected, repr(tokens)))
+    return tokens[0], tokens[1]
+
+
+def _layout(
+    op: str, side: str, layer: int, x: Tensor, channel_dim: int | None, fold: Any
+) -> tuple[int, int, int, int]:
+    """(channel dimension, prefix, h, w) of one operand."""
+    dim = x.dim()
+    if fold is not None:
+        h, w, prefix = fold
+        d = 2 if channel_dim is None else channel_dim % 3
+        if dim != 3 or d == 0 or x.shape[3 - d] != prefix + h * w:
+            expected = f"tokens [N, {prefix + h * w}, D] (prefix {prefix} + {h}×{w})"
+            raise ValueError(message(op, side, expected, list(x.shape), layer=layer))
+        return d, prefix, h, w
+    if not 3 <= dim <= 5:
+        expected = "[N, C, *space] with one to three space dimensions"
+        raise ValueError(message(op, side, expected, f"shape {list(x.shape)}", layer=layer))
+    if channel_dim is None:
+        if dim == 3:
+            expected = "an int for three-dimensional activations (1: [N, C, T], 2: [N, T, D])"
+            raise ValueError(message(op, "channel_dim", expected, None, layer=layer))
+        return 1, 0, 0, 0
+    d = channel_dim + dim if channel_dim < 0 else channel_dim
+    if not 1 <= d < dim:
+        expected = f"a dimension of {list(x.shape)} other than the batch's"
+        raise ValueError(message(op, "channel_dim", expected, channel_dim, layer=layer))
+    return d, 0, 0, 0
+
+
+def _masks(
+    op: str,
+    mask: Sequence[Tensor | None],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    s_layout: list[int],
+    t_layout: list[int],
+) -> list[Tensor]:
+    """The masks with a 1-dimensional empty tensor for None."""
+    if len(mask) != len(student):
+        raise ValueError(message(op, "mask", f"a list of {len(student)}, one a layer", len(mask)))
+    spaces = reference.common_space(student, teacher, s_layout, t_layout)
+    out = []
+    for i, (m, x, space) in enumerate(zip(mask, student, spaces, strict=True)):
+        shape = [x.shape[0], *space]
+        if m is None:
+            m = x.new_empty(0, dtype=torch.bool)
+        elif m.dtype != torch.bool or list(m.shape) != shape:
+            expected = f"None or bool {shape} (the common space)"
+            raise ValueError(message(op, "mask", expected, f"{m.dtype} {list(m.shape)}", layer=i))
+        elif m.device != x.device:
+            raise ValueError(message(op, "mask", f"a tensor on {x.device}", m.device, layer=i))
+        out.append(m)
+    return out
+
+
+def maps(op: str, xs: Sequence[Tensor], p: float, channel_dim: Any) -> list[Tensor]:
+    """Check the arguments of ops.attention_maps and call the op."""
+    operands.check_list(op, "xs", xs)
+    check_options(op, p, "l2", 0.5)
+    pairs = _channel_dims(op, channel_dim, len(xs))
+    dims = [_layout(op, "xs", i, x, pairs[i][0], None)[0] for i, x in enumerate(xs)]
+    out: list[Tensor] = torch.ops.lwkd.attention_maps(xs, dims, float(p))
+    return out
+
+
+# --- fake, autograd ----------------------------------------------------------------------------
+
+
+def _fake(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Sequence[Tensor],
+    student_layout: list[int],
+    teacher_layout: list[int],
+    p: float,
+    divergence: int,
+    beta: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(student, teacher)
+    n = student[0].shape[0]
+    spaces = reference.common_space(student, teacher, student_layout, teacher_layout)
+    cells = sum(reference.numel(s) for s in spaces)
+    shape = (len(student),) if mean else (len(student), n)
+    x = student[0]
+    return x.new_empty(shape, dtype=dtype), x.new_empty((2 * n * cells,), dtype=dtype)
+
+
+def _fake_backward(grad: Tensor, xs: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in xs]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, mask, s_layout, t_layout, p, divergence, beta, _ = inputs
+    _, maps = output
+    ctx.mark_non_differentiable(maps)
+    ctx.set_materialize_grads(False)
+    # Only what needs a gradient is kept: a teacher's activations are free once they are maps.
+    items = [(i, 0, x) for i, x in enumerate(student) if x.requires_grad]
+    items += [(i, 1, x) for i, x in enumerate(teacher) if x.requires_grad]
+    ctx.items = [(i, side) for i, side, _ in items]
+    ctx.lengths = (len(student), len(mask))
+    ctx.layout = [v for i, side, _ in items for v in (s_layout, t_layout)[side][4 * i : 4 * i + 4]]
+    spaces = reference.common_space(student, teacher, s_layout, t_layout)
+    ctx.space = [v for s in spaces for v in [1] * (3 - len(s)) + s]
+    ctx.options = (p, divergence, beta)
+    ctx.save_for_backward(maps, *mask, *(x for _, _, x in items))
+
+
+def _backward(ops: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
+        length, masks = ctx.lengths
+        out: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * length, [None] * length)
+        if grad is not None and ctx.items:
+            maps, *rest = ctx.saved_tensors
+            layers, sides = (list(c) for c in zip(*ctx.items, strict=True))
+            grads = ops.attention_backward(
+                grad, rest[masks:], rest[:masks], maps, layers, sides, ctx.layout, ctx.space,
+                *ctx.options,
+            )  # fmt: skip
+            for (i, side), g in zip(ctx.items, grads, strict=True):
+                out[side][i] = g
+        return (*out, [None] * masks, None, None, None, None, None, None)
+
+    return backward
+
+
+def _no_second_derivative(_: Any) -> Any:
+    def backward(*_: Any) -> None:
+        raise RuntimeError(
+            "lwkd.ops.layer_discrepancy: kind='attention' has no second derivative; compose "
+            "lwkd.ops.attention_maps, which is twice differentiable, with torch's own operations"
+        )
+
+    return backward
+
+
+backends.register(
+    backends.Formula(
+        "attention(Tensor[] student, Tensor[] teacher, Tensor[] mask, int[] student_layout, "
+        "int[] teacher_layout, float p, int divergence, float beta, bool mean) "
+        "-> (Tensor distance, Tensor maps)",
+        reference.forward, _fake, "attention.forward", _setup, _backward,
+    )
+)  # fmt: skip
+backends.register(
+    backends.Formula(
+        "attention_backward(Tensor grad, Tensor[] xs, Tensor[] mask, Tensor maps, int[] layers, "
+        "int[] sides, int[] layout, SymInt[] space, float p, int divergence, float beta) "
+        "-> Tensor[]",
+        reference.backward, _fake_backward, "attention.backward", None, _no_second_derivative,
+    )
+)  # fmt: skip
+
+
+# --- the maps alone ----------------------------------------------------------------------------
+
+
+def _maps_fake(xs: Sequence[Tensor], channel_dims: list[int], p: float) -> list[Tensor]:
+    return [
+        x.new_empty(
+            [s for d, s in enumerate(x.shape) if d != c], dtype=reference.compute_dtype([x])
+        )
+        for x, c in zip(xs, channel_dims, strict=True)
+    ]
+
+
+def _maps_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    xs, ctx.channel_dims, ctx.p = inputs
+    ctx.save_for_backward(*xs)
+
+
+def _maps_backward(_: Any) -> Any:
+    def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+        out = []
+        needed = ctx.needs_input_grad[0]
+        for x, g, d, need in zip(ctx.saved_tensors, grads, ctx.channel_dims, needed, strict=True):
+            out.append(_power_gradient(x, ctx.p, g.unsqueeze(d)) if need else None)
+        return out, None, None
+
+    return backward
+
+
+def _power_gradient(x: Tensor, p: float, g: Tensor) -> Tensor:
+    """g·p·|x|^(p−1)·sign(x) in plain operations, so that autograd differentiates it again."""
+    wide = x.to(g.dtype)
+    if p == 2:
+        return (2 * g * wide).to(x.dtype)
+    if p == 1:
+        return (g * wide.sign()).to(x.dtype)
+    # Where x is 0 so is the gradient; a stand-in of 1 keeps |x|^(p−2) finite for autograd.
+    safe = torch.where(wide == 0, torch.ones_like(wide), wide)
+    slope = p * safe.abs().pow(p - 1) * safe.sign()
+    return torch.where(wide == 0, torch.zeros_like(slope), g * slope).to(x.dtype)
+
+
+backends.register(
+    backends.Formula(
+        "attention_maps(Tensor[] xs, int[] channel_dims, float p) -> Tensor[]",
+        reference.maps, _maps_fake, "attention.maps", _maps_setup, _maps_backward,
+    )
+)  # fmt: skip

@@ -1,0 +1,36 @@
+"""The error vocabulary: every message names the op, the argument, the layer, expected and got."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def message(op: str, argument: str, expected: object, got: object, *, layer: object = None) -> str:
+    """Build the one form that every error of lwkd has.
+
+    Args:
+        op: The public name of what was called, without the package.
+        argument: The argument that is wrong, as the caller wrote it.
+        expected: What would have been right.
+        got: What came instead.
+        layer: Name or index of the layer concerned, if one is.
+
+    Returns:
+        One line of text.
+
+    >>> message("ops.layer_discrepancy", "student", "4 tensors", "3", layer=2)
+    'lwkd.ops.layer_discrepancy: student (layer 2): expected 4 tensors, got 3'
+    """
+    where = "" if layer is None else f" (layer {layer!r})"
+    return f"lwkd.{op}: {argument}{where}: expected {expected}, got {got}"
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the names closest to ``name``, or nothing.
+
+    >>> suggest("layer1.0.con1", ["layer1.0.conv1", "fc"])
+    "; did you mean 'layer1.0.conv1'?"
+    """
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

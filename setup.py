@@ -1,0 +1,195 @@
+"""Builds the two extension libraries against the torch that the user already has.
+
+    LWKD_BUILD=0           build nothing: the pure PyTorch reference serves every op
+    LWKD_CUDA=auto|0|1     CUDA kernels where nvcc is found | never | or stop with the reason
+    TORCH_CUDA_ARCH_LIST   defaults to 8.0;9.0+PTX
+    MAX_JOBS               compile jobs; by default bounded by the memory at hand
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
+SANITIZE = os.environ.get("LWKD_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
+BUILDING = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:])
+
+
+def say(text: str) -> None:
+    """Print one line that is found again in pip's output."""
+    print(f"lwkd: {text}", file=sys.stderr, flush=True)
+
+
+def import_torch() -> Any:
+    """Import the user's torch, also from inside pip's isolated build environment."""
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("purelib", vars=base)]
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "lwkd: no torch was found beside this Python; lwkd builds against the torch you use.\n"
+            "lwkd: install torch >= 2.10 first, then: pip install --no-build-isolation lwkd"
+        ) from None
+    return torch
+
+
+def find_cuda(torch: Any) -> tuple[Path | None, str]:
+    """Return the CUDA toolkit's home and its version, or None and the reason."""
+    if os.environ.get("LWKD_CUDA", "auto") == "0":
+        return None, "LWKD_CUDA=0"
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc")
+    homes = [Path(named)] if named else []
+    homes += [Path(found).resolve().parents[1]] if found else []
+    homes += [Path("/usr/local/cuda")]
+    home = next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include").exists()), None)
+    if home is None:
+        return None, "no nvcc was found (set CUDA_HOME)"
+    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    version = text.split("release ")[-1].split(",")[0]
+    wanted = torch.version.cuda
+    if wanted and wanted.split(".")[0] != version.split(".")[0]:
+        return None, f"nvcc is {version}, torch {torch.__version__} was built for CUDA {wanted}"
+    return home, version
+
+
+def bound_jobs() -> None:
+    """Keep parallel compiles within memory: nvcc takes about 3 GB a job."""
+    if "MAX_JOBS" not in os.environ:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, int(memory / 3))))
+
+
+def sources(folder: str, *endings: str) -> list[str]:
+    """List the sources of one folder, relative to the project as setuptools wants them."""
+    paths = (p for e in endings for p in (ROOT / folder).glob(f"*{e}"))
+    return sorted(str(p.relative_to(ROOT)) for p in paths)
+
+
+def cxx_flags() -> list[str]:
+    """Return the C++ flags of both libraries."""
+    flags = ["-std=c++20", TARGET, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    # One rounding on every machine: without contraction all target_clones agree bit for bit.
+    flags += ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
+    flags += [f"-ffile-prefix-map={ROOT}=."]
+    if SANITIZE:
+        flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-g", "-O1", "-DLWKD_SANITIZE"]
+    return flags
+
+
+def cpu_extension(cpp: Any) -> Any:
+    """Describe lwkd._C: the pybind11 module and the CPU kernels."""
+    import pybind11
+
+    link = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+    extension = cpp.CppExtension(
+        "lwkd._C",
+        sources("csrc", ".cpp"),
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
+        depends=sources("csrc", ".h"),
+        extra_compile_args={"cxx": cxx_flags()},
+        extra_link_args=link,
+    )
+    extension.libraries = [x for x in extension.libraries if x not in ("torch_python", "c10")]
+    return extension
+
+
+def cuda_extension(cpp: Any, home: Path) -> Any:
+    """Describe lwkd._C_cuda: a plain shared library of CUDA kernels, loadable without Python."""
+    cpp.CUDA_HOME = str(home)  # torch leaves it None on CPU builds
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    nvcc = ["-O3", "-std=c++20", TARGET, "-DUSE_CUDA", "--threads=2"]
+    extension = cpp.CppExtension(
+        "lwkd._C_cuda",
+        sources("csrc/cuda", ".cu"),
+        include_dirs=[str(ROOT / "csrc"), str(home / "include")],
+        depends=sources("csrc", ".h") + sources("csrc/cuda", ".cuh"),
+        extra_compile_args={"nvcc": nvcc, "cxx": [*cxx_flags(), "-DUSE_CUDA"]},
+        # The CUDA shims live in libtorch_cuda, which a CPU build of torch lacks: libtorch
+        # pulls it in at run time. The static runtime needs no libcudart of the right name.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl", "-lpthread"],
+        library_dirs=[str(home / "lib64")],
+        libraries=["cudart_static"],
+    )
+    extension.libraries = [x for x in extension.libraries if x not in ("torch_python", "c10")]
+    extension.optional = os.environ.get("LWKD_CUDA", "auto") != "1"
+    return extension
+
+
+def build_command(cpp: Any, info: dict[str, str]) -> Any:
+    """Return build_ext: CUDA first, so that lwkd._C can say why it is missing."""
+
+    class Build(cpp.BuildExtension):
+        def get_ext_filename(self, fullname: str) -> str:
+            if fullname.endswith("_C_cuda"):
+                return str(Path(*fullname.split("."))) + ".so"
+            return str(super().get_ext_filename(fullname))
+
+        def build_extension(self, extension: Any) -> None:
+            if extension.name.endswith("_C_cuda"):
+                try:
+                    super().build_extension(extension)
+                except Exception as error:  # BuildExtension raises RuntimeError, distutils others
+                    if not extension.optional:
+                        raise
+                    info["cuda"], info["cuda_reason"] = "", f"nvcc failed: {error}"
+                    stale = Path(self.get_ext_fullpath(extension.name))
+                    stale.unlink(missing_ok=True)
+                    say(f"CUDA kernels are left out, {info['cuda_reason']}")
+                return
+            self.write_info(extension)
+            super().build_extension(extension)
+
+        def write_info(self, extension: Any) -> None:
+            folder = Path(self.build_temp).resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = (f'{{"{k}", R"lwkd({v})lwkd"}},' for k, v in info.items())
+            (folder / "lwkd_build_info.h").write_text("\n".join(rows) + "\n")
+            extension.include_dirs.append(str(folder))
+
+    return Build
+
+
+def extensions() -> dict[str, Any]:
+    """Return setup()'s arguments for what can be built here."""
+    if os.environ.get("LWKD_BUILD", "1") == "0":
+        say("LWKD_BUILD=0: nothing is compiled, the reference serves every op")
+        return {}
+    if not BUILDING:
+        return {}
+    torch = import_torch()
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        say("no C++ compiler was found: nothing is compiled, the reference serves every op")
+        return {}
+    from torch.utils import cpp_extension as cpp
+
+    bound_jobs()
+    home, version = find_cuda(torch)
+    if home is None and os.environ.get("LWKD_CUDA") == "1":
+        raise SystemExit(f"lwkd: LWKD_CUDA=1, but {version}")
+    modules = [cpu_extension(cpp)]
+    if home is None:
+        say(f"CUDA kernels are left out: {version}; CPU and Triton kernels are not affected")
+    else:
+        modules.insert(0, cuda_extension(cpp, home))
+    info = {
+        "torch": torch.__version__,
+        "cuda": version if home else "",
+        "cuda_reason": "" if home else version,
+        "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "") if home else "",
+        "sanitize": SANITIZE,
+    }
+    return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(cpp, info)}}
+
+
+setup(**extensions())

@@ -1,0 +1,55 @@
+"""One place for the environment of the tests: Triton's interpreter, Hypothesis, GPU promises."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Must be set before Triton is imported for the first time: its kernels are decorated once.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a GPU machine may lack it; no GPU test needs it
+    settings = None
+else:
+    _quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("change", max_examples=100, **_quiet)
+    settings.register_profile("release", max_examples=5000, **_quiet)
+    settings.load_profile(os.environ.get("LWKD_HYPOTHESIS", "change"))
+
+REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or REQUIRE_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Where a GPU was promised, a skipped GPU test is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    if REQUIRE_GPU and report.skipped and "gpu" in item.keywords:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped although LWKD_REQUIRE_GPU=1"
+
+
+@pytest.fixture(autouse=True)
+def _generators_restored():
+    """No test leaves its seed to the next one, and lwkd never draws from torch's generators."""
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
