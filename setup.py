@@ -80,7 +80,7 @@ def cxx_flags() -> list[str]:
     """Return the C++ flags of both libraries."""
     flags = ["-std=c++20", TARGET, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     # One rounding on every machine: without contraction all target_clones agree bit for bit.
-    flags += ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
+    flags += ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
     flags += [f"-ffile-prefix-map={ROOT}=."]
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-g", "-O1", "-DLWKD_SANITIZE"]

@@ -1,6 +1,19 @@
 """Layer-wise student-teacher distances for PyTorch, and the learning rates that they drive."""
 
-from lwkd import ops
+from lwkd import losses, ops
 from lwkd._version import __version__
+from lwkd.layers import LayerPair, LayerPairs, pair_layers
+from lwkd.meters import AttentionMeter
+from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
-__all__ = ["__version__", "ops"]
+__all__ = [
+    "AttentionMeter",
+    "LayerPair",
+    "LayerPairs",
+    "LayerwiseLR",
+    "__version__",
+    "losses",
+    "ops",
+    "pair_layers",
+    "param_groups_layerwise",
+]

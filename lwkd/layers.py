@@ -214,10 +214,8 @@ def pair_layers(
     >>> pair_layers(cnn(4), cnn(8), ["5", ("1", "4")]).names
     ['5', '1']
     """
-    compiled = next(
-        (s for s, n in (("student", student), ("teacher", teacher)) if compiled_module(n) == ""),
-        None,
-    )
+    sides = ("student", student), ("teacher", teacher)
+    compiled = next((side for side, n in sides if compiled_module(n) is not None), None)
     networks = _unwrap(student), _unwrap(teacher)
     if networks[0] is networks[1]:
         raise ValueError(message(_OP, "teacher", "another network", "the student itself"))

@@ -60,7 +60,7 @@ def param_groups_layerwise(
             negative rate or decay.
         TypeError: Pairs that are not from `pair_layers`, one string for the list of names.
 
-    >>> from lwkd.layers import pair_layers
+    >>> from lwkd import pair_layers
     >>> net, teacher = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in "st")
     >>> pairs = pair_layers(net, teacher, pairs=["0"])
     >>> groups = param_groups_layerwise(net, pairs, lr=0.1, weight_decay=1e-4)
@@ -76,28 +76,24 @@ def param_groups_layerwise(
         expected = "a collection of names"
         raise TypeError(checks.message(op, "no_weight_decay_list", expected, "one str"))
     owners, names = _owners(pairs, op), _names(pairs)
-    there = {id(p) for p in student.parameters()}
-    lost = next((key for key in owners if key not in there), None)
-    if lost is not None:
-        expected, got = "the network that the pairs were made for", f"none with {names[lost]!r}"
-        raise ValueError(checks.message(op, "student", expected, got, layer=owners[lost]))
+    _check_student(student, owners, names, op)
     found: dict[tuple[str | None, float], list[nn.Parameter]] = {}
     for name, p in student.named_parameters():
         if p.requires_grad:
             name = names.get(id(p), name)
             bare = p.ndim <= 1 or name.split(".")[-1] == "bias" or name in no_weight_decay_list
             found.setdefault((owners.get(id(p)), 0.0 if bare else weight_decay), []).append(p)
+    order = [(x, y) for x in (*pairs.names, None) for y in dict.fromkeys((weight_decay, 0.0))]
     groups: list[dict[str, Any]] = []
-    for layer in (*pairs.names, None):
-        for decay in sorted({weight_decay, 0.0}, reverse=True):
-            if (layer, decay) in found:
-                title = "rest" if layer is None else layer
-                title += "/no_decay" if decay != weight_decay else ""
-                while any(group["name"] == title for group in groups):
-                    title += "_"
-                rate = lr.detach().clone() if isinstance(lr, Tensor) else lr
-                params = found[layer, decay]
-                groups.append(dict(params=params, lr=rate, weight_decay=decay, name=title))
+    for layer, decay in order:
+        if (layer, decay) in found:
+            title = "rest" if layer is None else layer
+            title += "/no_decay" if decay != weight_decay else ""
+            while any(group["name"] == title for group in groups):
+                title += "_"
+            rate = lr.detach().clone() if isinstance(lr, Tensor) else lr
+            params = found[layer, decay]
+            groups.append(dict(params=params, lr=rate, weight_decay=decay, name=title))
     return groups
 
 
@@ -153,7 +149,7 @@ class LayerwiseLR(LRScheduler):
             without parameters; a ``base`` of another optimizer or one that needs a metric; an
             option out of its range.
 
-    >>> from lwkd.layers import pair_layers
+    >>> from lwkd import pair_layers
     >>> student, teacher = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)) for _ in "st")
     >>> pairs = pair_layers(student, teacher, pairs=["0", "1"])
     >>> optimizer = torch.optim.SGD(param_groups_layerwise(student, pairs, lr=0.1))
@@ -730,6 +726,16 @@ def _owners(pairs: LayerPairs, op: str) -> dict[int, str]:
             expected = "a student module with parameters of its own"
             raise ValueError(checks.message(op, "pairs", expected, got, layer=name))
     return owners
+
+
+def _check_student(
+    student: nn.Module, owners: dict[int, str], names: dict[int, str], op: str
+) -> None:
+    there = {id(p) for p in student.parameters()}
+    for key, layer in owners.items():
+        if key not in there:
+            expected, got = "the network that the pairs were made for", f"none with {names[key]!r}"
+            raise ValueError(checks.message(op, "student", expected, got, layer=layer))
 
 
 def _nearest(pairs: LayerPairs, name: str) -> str | None:

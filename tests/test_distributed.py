@@ -26,6 +26,12 @@ STEPS = 500
 TIMEOUT = 3.0
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads on tensors this small cost a hundred times what they save."""
+    torch.set_num_threads(1)
+
+
 def vector(step: int, rank: int) -> torch.Tensor:
     return torch.rand(2, generator=torch.Generator().manual_seed(2 * step + rank))
 

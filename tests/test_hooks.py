@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lwkd.hooks import COMPILED, Capture, compiled_module, first_tensor, run, untouched
 from lwkd.layers import pair_layers
+from tests.test_layers import one_thread
+
+__all__ = ["one_thread"]  # a fixture
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -205,6 +208,7 @@ def test_several_calls_in_a_block_raise():
         _ = features.teacher
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_features_under_checkpointing_train_or_raise(reentrant):
     """Fault 19: no gradient is lost silently where reentrant checkpointing cuts the graph."""
@@ -286,6 +290,10 @@ def test_capturing_from_a_compiled_network_raises(form, side):
 def test_plain_networks_are_not_taken_for_compiled():
     assert compiled_module(compiled_forms()["plain"][0]) is None
     assert compiled_module(nn.TransformerEncoderLayer(4, 2)) is None
+
+
+def test_a_compiled_lazy_module_is_recognised():
+    assert compiled_module(torch.compile(nn.LazyConv2d(3, 1), backend="eager")) == ""
 
 
 def test_a_network_compiled_after_pairing_is_never_measured_silently():

@@ -103,7 +103,7 @@ class ViT(nn.Module):
 
     def __init__(self, depth=4, d=8, patch=8, container=nn.Sequential):
         super().__init__()
-        self.patch_embed = nn.Conv2d(3, d, patch, patch)
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, d, patch, patch), nn.Flatten(2))
         self.cls = nn.Parameter(torch.zeros(1, 1, d))
         blocks = [TransformerBlock(d) for _ in range(depth)]
         self.blocks = container(*blocks) if container is nn.Sequential else container(blocks)
@@ -111,11 +111,20 @@ class ViT(nn.Module):
         self.head = nn.Linear(d, 10)
 
     def forward(self, x):
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = self.patch_embed(x).transpose(1, 2)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks are tiny: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -164,23 +173,77 @@ def test_auto_looks_into_a_backbone():
 
 
 def test_auto_goes_into_a_trunk_and_not_into_inverted_residuals():
-    def inverted(a, b, stride):  # three sizes inside, one at its end
-        return Wrap(nn.Sequential(*conv(a, 4 * a), *conv(4 * a, 4 * a, stride), *conv(4 * a, b)))
-
-    class Wrap(nn.Module):
-        def __init__(self, body):
+    class Inverted(nn.Module):  # two resolutions inside, one at its end
+        def __init__(self, a, b, stride):
             super().__init__()
-            self.conv = body
+            self.up, self.mid = nn.Conv2d(a, 4 * a, 1), nn.Conv2d(4 * a, 4 * a, 3, stride, 1)
+            self.down = nn.Conv2d(4 * a, b, 1)
 
         def forward(self, x):
-            return self.conv(x)
+            return self.down(self.mid(self.up(x)))
 
-    def mobile(w):
+    def mobile(w, repeat):
         steps = [(w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2), (4 * w, 4 * w, 1)]
-        body = nn.Sequential(nn.Sequential(*conv(3, w, 2)), *(inverted(*s) for s in steps))
-        return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 2))
+        trunk = nn.Sequential(
+            *(Inverted(*s) for s in (steps if repeat else steps[:2] + steps[3:4]))
+        )
+        stem = nn.Sequential(*conv(3, w, 2))
+        return nn.Sequential(stem, trunk, nn.Flatten(), nn.Linear(256 * w, 2))
 
-    assert chosen(mobile(2), mobile(3)) == [("0.1", "0.1"), ("0.3", "0.3"), ("0.5", "0.5")]
+    ends = {True: ("1.0", "1.2", "1.4"), False: ("1.0", "1.1", "1.2")}
+    for a, b in ((True, True), (True, False), (False, False)):
+        want = list(zip(ends[a], ends[b], strict=True))
+        assert chosen(mobile(2, a), mobile(3, b)) == want
+
+
+def test_auto_takes_a_module_whose_inside_shows_no_space():
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 64 * 64, 64)
+
+        def forward(self, x):
+            return self.linear(x).view(-1, 4, 4, 4)
+
+    nets = [nn.Sequential(nn.Flatten(), Body(), nn.Flatten()) for _ in range(2)]
+    assert chosen(*nets) == [("1", "1")]
+
+
+def test_auto_passes_over_modules_that_change_the_batch():
+    class Split(nn.Module):  # as in windowed attention: 2N inside, N outside
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            return self.b(torch.cat(self.a(torch.cat(x.chunk(2, 2))).chunk(2), 2))
+
+    assert chosen(Split(), Split()) == [("b", "b")]
+
+
+def test_auto_passes_over_layers_of_one_position():
+    assert chosen(ResNet(), ResNet(), IMAGE[..., :32, :32]) == STAGES[:3]
+
+
+def test_auto_does_not_take_a_minority_of_equal_blocks_for_the_network():
+    def net(w):
+        blocks = Block(w, w, 1), Block(w, w, 1)
+        return nn.Sequential(*conv(3, w), *blocks, *conv(w, 8 * w, 2), *conv(8 * w, 8 * w))
+
+    assert chosen(net(2), net(3)) == [("3", "3"), ("7", "7")]
+
+
+def test_auto_takes_the_outermost_of_nested_blocks():
+    class Nested(TransformerBlock):
+        def __init__(self, d, inner=None):
+            super().__init__(d)
+            self.inner = inner
+
+        def forward(self, x):
+            return super().forward(x if self.inner is None else self.inner(x))
+
+    nets = [nn.Sequential(*(Nested(8, Nested(8)) for _ in range(n))) for n in (2, 4)]
+    assert chosen(*nets, torch.ones(2, 5, 8)) == [("0", "1"), ("1", "3")]
 
 
 def test_auto_skips_modules_that_run_several_times_and_dropout():
@@ -202,6 +265,8 @@ def test_auto_matches_unequal_counts_in_order_by_relative_depth():
     assert chosen(plain(stages=6), plain(stages=3)) == [("4", "1"), ("10", "4"), ("16", "7")]
     # A tie in depth (1/2 against 1/3 and 2/3) goes to the nearer resolution.
     assert chosen(plain(stages=2), plain(stages=3)) == [("1", "1"), ("4", "7")]
+    smaller = nn.Sequential(nn.MaxPool2d(2), *plain(stages=2))
+    assert chosen(smaller, plain(stages=3)) == [("2", "4"), ("5", "7")]
 
 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
@@ -226,7 +291,8 @@ def test_auto_on_one_dimensional_signals():
     def net(w):
         return nn.Sequential(
             nn.Conv1d(2, w, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2),
-            nn.Conv1d(w, 2 * w, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * w, 3),
+            nn.Conv1d(w, 2 * w, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1),
+            nn.Conv1d(2 * w, 3, 1), nn.Flatten(),
         )  # fmt: skip
 
     pairs = pair_layers(net(4), net(6), example_inputs=torch.ones(3, 2, 16))
@@ -434,6 +500,9 @@ def test_wrappers_are_looked_through(ddp):
         "layer2.0"
     ]
     assert [(p.student, p.teacher) for p in pair_layers(*wrapped, example_inputs=IMAGE)] == STAGES
+    inside_out = ddp(torch.compile(student, backend="eager"))
+    with pytest.raises(RuntimeError, match=r"capture: student: expected an uncompiled network"):
+        pair_layers(inside_out, ResNet(), ["fc"]).capture()
     average = torch.optim.swa_utils.AveragedModel(teacher)
     assert pair_layers(student, average, ["fc"]).teacher is average.module
 

@@ -9,7 +9,7 @@ from lwkd import policy
 from tests.test_schedule import build, lrs
 
 hypothesis = pytest.importorskip("hypothesis")
-given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
+given, st = hypothesis.given, hypothesis.strategies
 
 BOUNDS = (0.1, 10.0)
 NAMES = sorted(policy.POLICIES)
@@ -69,7 +69,6 @@ distances = st.just(0.0) | st.floats(2.0**-20, 100, width=32)  # not at the thre
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 5).flatmap(
         lambda L: st.lists(st.lists(distances, min_size=L, max_size=L), min_size=1, max_size=4)
@@ -90,7 +89,6 @@ def test_formula(name, rows, mu, gamma, lam, tau):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(1, 6).flatmap(
         lambda L: st.lists(
@@ -121,7 +119,6 @@ def test_any_vector_gives_finite_bounded_multipliers(name, rows, options):
         assert all(torch.isfinite(v).all() for v in state.values())
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
         st.lists(

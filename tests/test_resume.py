@@ -13,6 +13,12 @@ from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 from tests.test_schedule import BASES, Net, build, lrs, make, momentum_sgd, train
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads on tensors this small cost a hundred times what they save."""
+    torch.set_num_threads(1)
+
+
 def through_a_file(state):
     file = io.BytesIO()
     torch.save(state, file)

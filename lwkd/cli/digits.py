@@ -43,7 +43,7 @@ class Settings:
 
     seeds: int = 3
     epochs: int = 20
-    teacher_epochs: int = 15
+    teacher_epochs: int = 8
     policy: str | None = None
     device: str = "cpu"
     lr: float = 0.05
@@ -148,7 +148,7 @@ def fresh(widths: Sequence[int], seed: int, device: str) -> Network:
 
 def train_teacher(data: Batch, settings: Settings, tick: Callable[[], None]) -> Network:
     """Train the teacher with Adam; return it in eval mode."""
-    teacher = fresh((32, 64, 128), 0, settings.device)
+    teacher = fresh((24, 48, 96), 0, settings.device)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(settings.teacher_epochs):

@@ -121,8 +121,6 @@ class AttentionMeter:
             hooks.__exit__(*exception)
         self._ready = exception[0] is None
         self._calls += self._ready
-        if not self._ready:
-            self._sides = None
 
     def discrepancy(self, mask: Sequence[Tensor | None] | None = None) -> Tensor | None:
         """Return the distances of the last with-block.
@@ -237,7 +235,7 @@ class AttentionMeter:
             raise ValueError(message(_OP, argument, expected, list(x.shape), layer=name))
         try:
             with torch.no_grad():
-                m = attention_maps([x.detach()], p=self._p, channel_dim=dim)[0]
+                m = attention_maps([x], p=self._p, channel_dim=dim)[0]
         except (TypeError, ValueError) as error:  # the op does not know whose output it is
             raise type(error)(f"{error}; this is {argument}'s layer {name!r}") from None
         return m if fold is None else m[:, prefix:].unflatten(1, (h, w))

@@ -49,28 +49,30 @@ def discrepancy(
     mask: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Check the arguments of kind="attention" and call the op; see ops.layer_discrepancy."""
-    operands.check_pairs(op, student, teacher)
+    s_shapes, t_shapes = operands.check_pairs(op, student, teacher)
     check_options(op, p, divergence, beta)
     length = len(student)
     dims = _channel_dims(op, channel_dim, length)
     folds = _folds(op, tokens)
     s_layout: list[int] = []
     t_layout: list[int] = []
-    for i in range(length):
-        s_layout += _layout(op, "student", i, student[i], dims[i][0], folds[0])
-        t_layout += _layout(op, "teacher", i, teacher[i], dims[i][1], folds[1])
-        a = student[i].dim() if folds[0] is None else 4
-        b = teacher[i].dim() if folds[1] is None else 4
-        if a != b:
+    s_grid, t_grid = folds[0] is not None, folds[1] is not None
+    for i, (s_shape, t_shape, (s_dim, t_dim)) in enumerate(
+        zip(s_shapes, t_shapes, dims, strict=True)
+    ):
+        s_layout += _layout(op, "student", i, s_shape, s_dim, folds[0])
+        t_layout += _layout(op, "teacher", i, t_shape, t_dim, folds[1])
+        space = 2 if s_grid else len(s_shape) - 2
+        if space != (2 if t_grid else len(t_shape) - 2):
+            expected = f"{space} space dimension(s), as the student's"
             raise ValueError(
-                message(
-                    op, "teacher", f"{a - 2} space dimension(s), as the student's", b - 2, layer=i
-                )
+                message(op, "teacher", expected, f"shape {list(t_shape)}", layer=i)
                 + "; tokens=(student, teacher) folds token sequences to a grid"
             )
     masks = _masks(op, mask, student, teacher, s_layout, t_layout) if mask is not None else []
-    ops = backends.choose(op, backend, student[0].device)
-    distance: Tensor = ops.attention(
+    namespace = backends.choose(op, backend, student[0].device)
+    distance: Tensor = ATTENTION(
+        namespace,
         student, teacher, masks, s_layout, t_layout,
         float(p), reference.DIVERGENCES[divergence], float(beta), reduction == "mean",
     )[0]  # fmt: skip
@@ -118,20 +120,20 @@ def _folds(op: str, tokens: Any) -> Pair:
 
 
 def _layout(
-    op: str, side: str, layer: int, x: Tensor, channel_dim: int | None, fold: Any
+    op: str, side: str, layer: int, shape: torch.Size, channel_dim: int | None, fold: Any
 ) -> tuple[int, int, int, int]:
     """(channel dimension, prefix, h, w) of one operand."""
-    dim = x.dim()
+    dim = len(shape)
     if fold is not None:
         h, w, prefix = fold
         d = 2 if channel_dim is None else channel_dim % 3
-        if dim != 3 or d == 0 or x.shape[3 - d] != prefix + h * w:
+        if dim != 3 or d == 0 or shape[3 - d] != prefix + h * w:
             expected = f"tokens [N, {prefix + h * w}, D] (prefix {prefix} + {h}×{w})"
-            raise ValueError(message(op, side, expected, list(x.shape), layer=layer))
+            raise ValueError(message(op, side, expected, list(shape), layer=layer))
         return d, prefix, h, w
     if not 3 <= dim <= 5:
         expected = "[N, C, *space] with one to three space dimensions"
-        raise ValueError(message(op, side, expected, f"shape {list(x.shape)}", layer=layer))
+        raise ValueError(message(op, side, expected, f"shape {list(shape)}", layer=layer))
     if channel_dim is None:
         if dim == 3:
             expected = "an int for three-dimensional activations (1: [N, C, T], 2: [N, T, D])"
@@ -139,7 +141,7 @@ def _layout(
         return 1, 0, 0, 0
     d = channel_dim + dim if channel_dim < 0 else channel_dim
     if not 1 <= d < dim:
-        expected = f"a dimension of {list(x.shape)} other than the batch's"
+        expected = f"a dimension of {list(shape)} other than the batch's"
         raise ValueError(message(op, "channel_dim", expected, channel_dim, layer=layer))
     return d, 0, 0, 0
 
@@ -172,12 +174,11 @@ def _masks(
 
 def maps(op: str, xs: Sequence[Tensor], p: float, channel_dim: Any) -> list[Tensor]:
     """Check the arguments of ops.attention_maps and call the op."""
-    operands.check_list(op, "xs", xs)
+    shapes = operands.check_list(op, "xs", xs)
     check_options(op, p, "l2", 0.5)
     pairs = _channel_dims(op, channel_dim, len(xs))
-    dims = [_layout(op, "xs", i, x, pairs[i][0], None)[0] for i, x in enumerate(xs)]
-    out: list[Tensor] = torch.ops.lwkd.attention_maps(xs, dims, float(p))
-    return out
+    dims = [_layout(op, "xs", i, x, pairs[i][0], None)[0] for i, x in enumerate(shapes)]
+    return list(ATTENTION_MAPS("lwkd", xs, dims, float(p)))
 
 
 # --- fake, autograd ----------------------------------------------------------------------------
@@ -207,65 +208,66 @@ def _fake_backward(grad: Tensor, xs: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [torch.empty_like(x) for x in xs]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, mask, s_layout, t_layout, p, divergence, beta, _ = inputs
-    _, maps = output
+def _inputs(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [*student, *teacher]
+
+
+def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, mask, s_layout, t_layout, p, divergence, beta, _ = args
+    maps = output[1]
     ctx.mark_non_differentiable(maps)
     ctx.set_materialize_grads(False)
     # Only what needs a gradient is kept: a teacher's activations are free once they are maps.
-    items = [(i, 0, x) for i, x in enumerate(student) if x.requires_grad]
-    items += [(i, 1, x) for i, x in enumerate(teacher) if x.requires_grad]
-    ctx.items = [(i, side) for i, side, _ in items]
-    ctx.lengths = (len(student), len(mask))
-    ctx.layout = [v for i, side, _ in items for v in (s_layout, t_layout)[side][4 * i : 4 * i + 4]]
+    s_items = [i for i, x in enumerate(student) if x.requires_grad]
+    t_items = [i for i, x in enumerate(teacher) if x.requires_grad]
+    layers, sides = s_items + t_items, [0] * len(s_items) + [1] * len(t_items)
+    layout = [v for i in s_items for v in s_layout[4 * i : 4 * i + 4]]
+    layout += [v for i in t_items for v in t_layout[4 * i : 4 * i + 4]]
     spaces = reference.common_space(student, teacher, s_layout, t_layout)
-    ctx.space = [v for s in spaces for v in [1] * (3 - len(s)) + s]
-    ctx.options = (p, divergence, beta)
-    ctx.save_for_backward(maps, *mask, *(x for _, _, x in items))
+    space = [v for s in spaces for v in [1] * (3 - len(s)) + s]
+    ctx.masks = len(mask)
+    ctx.options = (layers, sides, layout, space, p, divergence, beta)
+    xs = [student[i] for i in s_items] + [teacher[i] for i in t_items]
+    ctx.save_for_backward(maps, *mask, *xs)
 
 
-def _backward(ops: Any) -> Any:
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-        length, masks = ctx.lengths
-        out: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * length, [None] * length)
-        if grad is not None and ctx.items:
-            maps, *rest = ctx.saved_tensors
-            layers, sides = (list(c) for c in zip(*ctx.items, strict=True))
-            grads = ops.attention_backward(
-                grad, rest[masks:], rest[:masks], maps, layers, sides, ctx.layout, ctx.space,
-                *ctx.options,
-            )  # fmt: skip
-            for (i, side), g in zip(ctx.items, grads, strict=True):
-                out[side][i] = g
-        return (*out, [None] * masks, None, None, None, None, None, None)
-
-    return backward
+def _backward(ctx: Any, namespace: str, grad: Tensor | None, _: None) -> Sequence[Tensor | None]:
+    maps, *rest = ctx.saved_tensors
+    mask, xs = rest[: ctx.masks], rest[ctx.masks :]
+    if grad is None:
+        return [None] * len(xs)
+    grads: list[Tensor] = ATTENTION_BACKWARD(namespace, grad, xs, mask, maps, *ctx.options)
+    return grads
 
 
-def _no_second_derivative(_: Any) -> Any:
-    def backward(*_: Any) -> None:
-        raise RuntimeError(
-            "lwkd.ops.layer_discrepancy: kind='attention' has no second derivative; compose "
-            "lwkd.ops.attention_maps, which is twice differentiable, with torch's own operations"
-        )
-
-    return backward
+def _backward_inputs(
+    grad: Tensor, xs: Sequence[Tensor], mask: Sequence[Tensor], maps: Tensor, *_: Any
+) -> list[Tensor]:
+    return [grad, *xs, maps]
 
 
-backends.register(
+def _no_second_derivative(*_: Any) -> Sequence[Tensor | None]:
+    raise RuntimeError(
+        "lwkd.ops.layer_discrepancy: kind='attention' has no second derivative; compose "
+        "lwkd.ops.attention_maps, which is twice differentiable, with torch's own operations"
+    )
+
+
+ATTENTION = backends.Op(
     backends.Formula(
         "attention(Tensor[] student, Tensor[] teacher, Tensor[] mask, int[] student_layout, "
         "int[] teacher_layout, float p, int divergence, float beta, bool mean) "
         "-> (Tensor distance, Tensor maps)",
-        reference.forward, _fake, "attention.forward", _setup, _backward,
+        reference.forward, _fake, "attention.forward", _inputs, _save, _backward,
     )
 )  # fmt: skip
-backends.register(
+ATTENTION_BACKWARD = backends.Op(
     backends.Formula(
         "attention_backward(Tensor grad, Tensor[] xs, Tensor[] mask, Tensor maps, int[] layers, "
         "int[] sides, int[] layout, SymInt[] space, float p, int divergence, float beta) "
         "-> Tensor[]",
-        reference.backward, _fake_backward, "attention.backward", None, _no_second_derivative,
+        reference.backward, _fake_backward, "attention.backward",
+        _backward_inputs, lambda *_: None, _no_second_derivative,
     )
 )  # fmt: skip
 
@@ -282,20 +284,18 @@ def _maps_fake(xs: Sequence[Tensor], channel_dims: list[int], p: float) -> list[
     ]
 
 
-def _maps_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    xs, ctx.channel_dims, ctx.p = inputs
-    ctx.save_for_backward(*xs)
+def _maps_save(ctx: Any, args: tuple[Any, ...], output: list[Tensor]) -> None:
+    xs, channel_dims, ctx.p = args
+    items = [i for i, x in enumerate(xs) if x.requires_grad]
+    ctx.items = [(i, channel_dims[i]) for i in items]
+    ctx.save_for_backward(*(xs[i] for i in items))
 
 
-def _maps_backward(_: Any) -> Any:
-    def backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-        out = []
-        needed = ctx.needs_input_grad[0]
-        for x, g, d, need in zip(ctx.saved_tensors, grads, ctx.channel_dims, needed, strict=True):
-            out.append(_power_gradient(x, ctx.p, g.unsqueeze(d)) if need else None)
-        return out, None, None
-
-    return backward
+def _maps_backward(ctx: Any, namespace: str, *grads: Tensor) -> list[Tensor]:
+    return [
+        _power_gradient(x, ctx.p, grads[i].unsqueeze(d))
+        for x, (i, d) in zip(ctx.saved_tensors, ctx.items, strict=True)
+    ]
 
 
 def _power_gradient(x: Tensor, p: float, g: Tensor) -> Tensor:
@@ -311,9 +311,10 @@ def _power_gradient(x: Tensor, p: float, g: Tensor) -> Tensor:
     return torch.where(wide == 0, torch.zeros_like(slope), g * slope).to(x.dtype)
 
 
-backends.register(
+ATTENTION_MAPS = backends.Op(
     backends.Formula(
         "attention_maps(Tensor[] xs, int[] channel_dims, float p) -> Tensor[]",
-        reference.maps, _maps_fake, "attention.maps", _maps_setup, _maps_backward,
+        reference.maps, _maps_fake, "attention.maps",
+        lambda xs, *_: xs, _maps_save, _maps_backward,
     )
 )  # fmt: skip

@@ -26,24 +26,22 @@ def canonical(x: Tensor, layout: Sequence[int]) -> Tensor:
     return x[:, :, prefix:].unflatten(2, (h, w)) if h else x
 
 
-def space_of(x: Tensor, layout: Sequence[int]) -> list[int]:
-    """Return the spatial sizes of x without touching it."""
+def space_of(shape: Sequence[int], layout: Sequence[int]) -> list[int]:
+    """Return the spatial sizes of an operand of this shape."""
     channel_dim, _, h, w = layout
-    return [h, w] if h else [s for d, s in enumerate(x.shape) if d not in (0, channel_dim)]
-
-
-def layouts(flat: Sequence[int]) -> list[Sequence[int]]:
-    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+    return [h, w] if h else [*shape[1:channel_dim], *shape[channel_dim + 1 :]]
 
 
 def common_space(
     student: Sequence[Tensor], teacher: Sequence[Tensor], s_layout: list[int], t_layout: list[int]
 ) -> list[list[int]]:
     """Return, per layer, the smaller size of each spatial dimension."""
-    return [
-        [min(a, b) for a, b in zip(space_of(s, ls), space_of(t, lt), strict=True)]
-        for s, t, ls, lt in zip(student, teacher, layouts(s_layout), layouts(t_layout), strict=True)
-    ]
+    spaces = []
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        a = space_of(s.shape, s_layout[4 * i : 4 * i + 4])
+        b = space_of(t.shape, t_layout[4 * i : 4 * i + 4])
+        spaces.append(a if a == b else [min(pair) for pair in zip(a, b, strict=True)])
+    return spaces
 
 
 def compute_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
@@ -53,6 +51,7 @@ def compute_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
 
 
 def numel(sizes: Sequence[int]) -> int:
+    """The product of sizes, symbolic ones included."""
     n = 1
     for s in sizes:
         n *= s
@@ -137,6 +136,7 @@ def forward(
     beta: float,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The op lwkd::attention: distances and the flat maps."""
     dtype = compute_dtype(student, teacher)
     spaces = common_space(student, teacher, student_layout, teacher_layout)
     distances, maps = [], []
@@ -171,9 +171,11 @@ def backward(
     divergence: int,
     beta: float,
 ) -> list[Tensor]:
+    """The op lwkd::attention_backward: one gradient for each of xs."""
     sizes = [space[i : i + 3] for i in range(0, len(space), 3)]
     grads = []
-    for x, layer, side, how in zip(xs, layers, sides, layouts(layout), strict=True):
+    for i, (x, layer, side) in enumerate(zip(xs, layers, sides, strict=True)):
+        how = layout[4 * i : 4 * i + 4]
         n = x.shape[0]
         start = 2 * n * sum(numel(s) for s in sizes[:layer])
         pair = maps[start : start + 2 * n * numel(sizes[layer])].view(2, n, numel(sizes[layer]))
@@ -216,6 +218,7 @@ def _map_gradient(
 
 
 def maps(xs: Sequence[Tensor], channel_dims: list[int], p: float) -> list[Tensor]:
+    """The op lwkd::attention_maps."""
     return [
         power_map(x.movedim(d, 1), p, compute_dtype([x])).contiguous()
         for x, d in zip(xs, channel_dims, strict=True)

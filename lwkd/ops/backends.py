@@ -13,12 +13,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lwkd.ops.checks import message
 
@@ -110,32 +111,86 @@ class Formula(NamedTuple):
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     triton: str  # "module.function" in lwkd.kernels
-    setup_context: Callable[..., None] | None
-    backward: Callable[[Any], Callable[..., Any]]  # given the namespace's ops
+    inputs: Callable[..., Sequence[Tensor]]  # what of the arguments is differentiable
+    save: Callable[..., None]  # (ctx, arguments, output)
+    backward: Callable[..., Sequence[Tensor | None]]  # (ctx, namespace, *gradients)
 
 
-def register(formula: Formula) -> None:
-    """Define an op in the three namespaces, with its reference, Triton kernel, fake, autograd."""
-    name = formula.schema.split("(")[0]
-    module, _, function = formula.triton.partition(".")
+class Op:
+    """An op in the three namespaces: schema, kernels, fake and autograd, registered once.
 
-    def triton(*args: Any) -> Any:
-        return getattr(kernels(module), function)(*args)
+    Autograd is the dispatcher's Autograd kernel, as torch.library.register_autograd makes it, but
+    without flattening every argument of every call: that costs more than 64 small layers.
+    """
 
-    for namespace, library in LIBRARIES.items():
-        library.define(formula.schema)
-        generic = triton if namespace == "lwkd_triton" else formula.reference
-        library.impl(name, generic, "CompositeExplicitAutograd")
-        if namespace == "lwkd" and TRITON.live and not CUDA.live and torch.version.cuda:
-            library.impl(name, triton, "CUDA")
-        qualified = f"{namespace}::{name}"
-        torch.library.register_fake(qualified, formula.fake, lib=library)
-        torch.library.register_autograd(
-            qualified,
-            formula.backward(getattr(torch.ops, namespace)),
-            setup_context=formula.setup_context,
-            lib=library,
-        )
+    def __init__(self, formula: Formula) -> None:
+        name = formula.schema.split("(")[0]
+        module, _, function = formula.triton.partition(".")
+
+        def triton(*args: Any) -> Any:
+            return getattr(kernels(module), function)(*args)
+
+        self._inputs = formula.inputs
+        self._overloads: dict[str, Any] = {}
+        self._nodes: dict[str, Any] = {}
+        for namespace, library in LIBRARIES.items():
+            library.define(formula.schema)
+            generic = triton if namespace == "lwkd_triton" else formula.reference
+            library.impl(name, generic, "CompositeExplicitAutograd")
+            if namespace == "lwkd" and TRITON.live and not CUDA.live and torch.version.cuda:
+                library.impl(name, triton, "CUDA")
+            torch.library.register_fake(f"{namespace}::{name}", formula.fake, lib=library)
+            overload = getattr(getattr(torch.ops, namespace), name).default
+            node = _node(overload, namespace, formula)
+            self._overloads[namespace], self._nodes[namespace] = overload, node
+            library.impl(name, _autograd(overload, node, formula), "Autograd", with_keyset=True)
+
+    def __call__(self, namespace: str, *args: Any) -> Any:
+        """Run the op of one namespace, the short way where nothing traces the call."""
+        overload = self._overloads[namespace]
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        wanted = _wanted(self._inputs(*args))
+        if wanted:
+            return self._nodes[namespace].apply(None, args, *wanted)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+
+def _wanted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
+
+
+def _node(overload: Any, namespace: str, formula: Formula) -> Any:
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                out = overload(*args) if keyset is None else overload.redispatch(keyset, *args)
+                formula.save(ctx, args, out)
+            return tuple(out) if isinstance(out, list) else out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return (None, None, *formula.backward(ctx, namespace, *grads))
+
+    Node.__name__ = f"{formula.schema.split('(')[0]}_{namespace}"
+    return Node
+
+
+def _autograd(overload: Any, node: Any, formula: Formula) -> Callable[..., Any]:
+    many = formula.schema.endswith("-> Tensor[]")
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        below = keyset & torch._C._after_autograd_keyset
+        wanted = _wanted(formula.inputs(*args))
+        if wanted:
+            out = node.apply(below, args, *wanted)
+            return list(out) if many else out
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(below, *args)
+
+    return autograd
 
 
 def unavailable(backend: str, device: str) -> str:
@@ -162,18 +217,16 @@ def serving(device: str) -> str:
     return "reference"
 
 
-def choose(op: str, backend: str | None, device: torch.device) -> Any:
+def choose(op: str, backend: str | None, device: torch.device) -> str:
     """Return the namespace that serves ``backend``; one asked for and absent raises."""
     if backend is None:
-        return torch.ops.lwkd
+        return "lwkd"
     if backend not in BACKENDS:
         raise ValueError(message(op, "backend", f"None or one of {BACKENDS}", repr(backend)))
     reason = unavailable(backend, device.type)
     if reason:
         raise RuntimeError(message(op, "backend", f"{backend!r} on {device.type}", reason))
-    if backend == "compiled":
-        return torch.ops.lwkd
-    return torch.ops.lwkd_reference if backend == "reference" else torch.ops.lwkd_triton
+    return "lwkd" if backend == "compiled" else f"lwkd_{backend}"
 
 
 LIBRARIES = {

@@ -13,9 +13,9 @@ from lwkd.layers import pair_layers
 from lwkd.meters import AttentionMeter
 from lwkd.ops import layer_discrepancy
 from tests.test_hooks import Checkpointed, compiled_forms, hooks, live_tensors, net
-from tests.test_layers import IMAGE, ResNet, ViT, ddp, plain
+from tests.test_layers import IMAGE, ResNet, ViT, ddp, one_thread, plain
 
-__all__ = ["ddp"]  # a fixture
+__all__ = ["ddp", "one_thread"]  # fixtures
 
 
 # --- oracle ------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_token_maps_and_tuple_outputs():
         (("head", "head"), {}, r"student \(layer 'head'\): expected an output with a space axis"),
         (("blocks.0", "blocks.1"), {"tokens": ((8, 8, 1), (8, 8, 2))},
          r"teacher \(layer 'blocks.1'\): expected tokens \[N, 2 \+ 8·8, D\], got \[2, 65, 8\]"),
-        (("blocks.0", "patch_embed"), {"channel_dim": (-1, 1)},
-         r"teacher \(layer 'patch_embed'\): expected 1 space dim.* got 2; tokens="),
+        (("blocks.0", "patch_embed.0"), {"channel_dim": (-1, 1)},
+         r"teacher \(layer 'patch_embed.0'\): expected 1 space dim.* got 2; tokens="),
         (("blocks.0", "blocks.0"), {"channel_dim": 0}, r"channel_dim.*student's layer 'blocks.0'"),
         (("blocks.0", "blocks.0"), {"channel_dim": 3}, r"channel_dim.*student's layer 'blocks.0'"),
     ],
@@ -363,16 +363,17 @@ def test_discrepancy_at_the_wrong_time(networks):
     meter = AttentionMeter(pair_layers(*networks, ["layer1"]))
     with pytest.raises(RuntimeError, match=r"AttentionMeter.discrepancy: .* got no such block"):
         meter.discrepancy()
-    with meter:
-        [n(IMAGE) for n in networks]
-        with pytest.raises(RuntimeError, match="got one inside the block"):
-            meter.discrepancy()
-        with pytest.raises(RuntimeError, match="call outside the block"):
-            meter.measure(IMAGE)
+    for _ in range(2):
+        with meter:
+            [n(IMAGE) for n in networks]
+            with pytest.raises(RuntimeError, match="got one inside the block"):
+                meter.discrepancy()
+            with pytest.raises(RuntimeError, match="call outside the block"):
+                meter.measure(IMAGE)
     first = meter.discrepancy()
     meter.measure(IMAGE.flip(3))  # is no block
     assert torch.equal(first, meter.discrepancy())  # twice is the same
-    assert meter.state_dict() == {"calls": 1}
+    assert meter.state_dict() == {"calls": 2}
 
 
 def test_an_exception_drops_the_block_and_is_not_counted(networks):
