@@ -12,24 +12,21 @@ namespace {
 
 // map[begin, end) of sample n.
 template <typename T, typename A, typename P>
-LWKD_INLINE void map_task(const Operand& o, int64_t n, int64_t begin, int64_t end, A* map, P p) {
-  const Runs runs(o);
-  const Order order = order_of(runs, o.stride_c, o.c);
+LWKD_INLINE void map_task(const Source& o, int64_t n, int64_t begin, int64_t end, A* map, P p) {
   const T* sample = static_cast<const T*>(o.data) + n * o.stride_n;
-  runs.cover(begin, end, [&](int64_t offset, int64_t at, int64_t count) LWKD_LAMBDA {
-    sum_run(order, map + at, sample + offset, o.stride_c, runs.stride, o.c, count, p);
+  o.runs.cover(begin, end, [&](int64_t offset, int64_t at, int64_t count) LWKD_LAMBDA {
+    sum_run(o.order, map + at, sample + offset, o.stride_c, o.runs.stride, o.c, count, p);
   });
 }
 
 // dx over [begin, end) of sample n. Both tensors are walked in runs that neither breaks.
 template <typename T, typename A, typename P>
-LWKD_INLINE void spread_task(const Operand& x, const Operand& dx, int64_t n, int64_t begin,
+LWKD_INLINE void spread_task(const Source& x, const Source& dx, int64_t n, int64_t begin,
                              int64_t end, const A* coefficient, P p) {
-  const Runs from(x), to(dx);
-  const Order a = order_of(from, x.stride_c, x.c), b = order_of(to, dx.stride_c, x.c);
-  const Order order = a == b ? a : Order::kStrided;
+  const Order order = x.order == dx.order ? x.order : Order::kStrided;
   const T* source = static_cast<const T*>(x.data) + n * x.stride_n;
   T* target = static_cast<T*>(dx.data) + n * dx.stride_n;
+  const Runs &from = x.runs, &to = dx.runs;
   to.cover(begin, end, [&](int64_t to_offset, int64_t first, int64_t length) LWKD_LAMBDA {
     from.cover(first, first + length, [&](int64_t offset, int64_t at, int64_t count) LWKD_LAMBDA {
       spread_run(order, target + to_offset + (at - first) * to.stride, source + offset,
@@ -40,17 +37,17 @@ LWKD_INLINE void spread_task(const Operand& x, const Operand& dx, int64_t n, int
 
 // --- one ordinary function per storage type, compute type and power: clones need that ------------
 
-using MapKernel = void (*)(const Operand&, int64_t n, int64_t begin, int64_t end, void* map,
+using MapKernel = void (*)(const Source&, int64_t n, int64_t begin, int64_t end, void* map,
                            double p);
-using SpreadKernel = void (*)(const Operand& x, const Operand& dx, int64_t n, int64_t begin,
+using SpreadKernel = void (*)(const Source& x, const Source& dx, int64_t n, int64_t begin,
                               int64_t end, const void* coefficient, double p);
 
 #define LWKD_KERNEL(clones, name, T, A, P)                                                   \
-  clones void map_##name##_##P(const Operand& o, int64_t n, int64_t begin, int64_t end,      \
+  clones void map_##name##_##P(const Source& o,  int64_t n, int64_t begin, int64_t end,      \
                                void* map, double p) {                                        \
     map_task<T, A>(o, n, begin, end, static_cast<A*>(map), P(p));                            \
   }                                                                                          \
-  clones void spread_##name##_##P(const Operand& x, const Operand& dx, int64_t n,            \
+  clones void spread_##name##_##P(const Source& x, const Source& dx,   int64_t n,            \
                                   int64_t begin, int64_t end, const void* coefficient,       \
                                   double p) {                                                \
     spread_task<T, A>(x, dx, n, begin, end, static_cast<const A*>(coefficient), P(p));       \
@@ -200,7 +197,7 @@ std::vector<Mask> read_masks(const std::vector<Tensor>& mask, size_t layers) {
 // Where one operand's raw map goes: straight into the result, or aside to be pooled.
 template <typename A>
 struct MapJob {
-  const Operand* operand;
+  Source operand;
   MapKernel kernel;
   A* raw;     // [N, positions]
   A* pooled;  // [N, cells]; the same as raw where nothing is pooled
@@ -210,12 +207,12 @@ template <typename A>
 void run_maps(const std::vector<MapJob<A>>& jobs, double p) {
   std::vector<Block> blocks;
   for (const auto& job : jobs)
-    blocks.push_back(make_block(job.operand->n, job.operand->c, job.operand->positions()));
+    blocks.push_back(make_block(job.operand.n, job.operand.c, job.operand.positions()));
   const int64_t total = lay_out(blocks);
   torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
     run_tasks(blocks, begin, end, [&](int64_t job, int64_t n, int64_t from, int64_t to) {
       const MapJob<A>& j = jobs[job];
-      j.kernel(*j.operand, n, from, to, j.raw + n * j.operand->positions(), p);
+      j.kernel(j.operand, n, from, to, j.raw + n * j.operand.positions(), p);
     });
   });
 }
@@ -239,7 +236,7 @@ void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A
       A* pooled = maps + layer.maps_offset + side * samples * layer.cells;
       A* raw = pooled;
       if (!same_space(o, layer.space)) raw = at, at += samples * o.positions();
-      jobs.push_back({&o, choose_map(o.dtype, wide, p), raw, pooled});
+      jobs.push_back({Source(o), choose_map(o.dtype, wide, p), raw, pooled});
     }
     blocks.push_back(make_block(samples, js ? 64 : 8, layer.cells));
     blocks.back().tiles = 1;  // a sample's distance is one task, however large its map
@@ -258,7 +255,7 @@ void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A
         const MapJob<A>& job = jobs[2 * l + side];
         m[side] = job.pooled + n * layer.cells;
         if (job.raw != job.pooled)
-          pool(job.raw + n * job.operand->positions(), job.operand->size, m[side], layer.space);
+          pool(job.raw + n * job.operand.positions(), job.operand.size, m[side], layer.space);
         for (int64_t q = 0; keep != nullptr && q < layer.cells; ++q)
           if (keep[q] == 0) m[side][q] = 0;
       }
@@ -327,9 +324,9 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
     const Operand& o = operands[i];
     void* map = out[i].mutable_data_ptr();
     if (o.dtype == ScalarType::Double)
-      wide.push_back({&o, choose_map(o.dtype, true, p), static_cast<double*>(map), nullptr});
+      wide.push_back({Source(o), choose_map(o.dtype, true, p), static_cast<double*>(map), nullptr});
     else
-      narrow.push_back({&o, choose_map(o.dtype, false, p), static_cast<float*>(map), nullptr});
+      narrow.push_back({Source(o), choose_map(o.dtype, false, p), static_cast<float*>(map), nullptr});
   }
   run_maps(narrow, p);
   run_maps(wide, p);
@@ -340,7 +337,7 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
 
 // One activation whose gradient is wanted.
 struct GradientJob {
-  Operand x, dx;
+  Source x, dx;
   int64_t layer, side;
   int64_t maps_offset, cells;  // of its layer
   const int64_t* space;
@@ -426,8 +423,8 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
   for (size_t i = 0; i < xs.size(); ++i) {
     out.push_back(torch::stable::empty_like(xs[i]));
     const int64_t l = layers[i];
-    const Operand x = read_operand(xs[i], &layout[4 * i]);
-    const Operand dx = read_operand(out[i], &layout[4 * i]);
+    const Source x(read_operand(xs[i], &layout[4 * i]));
+    const Source dx(read_operand(out[i], &layout[4 * i]));
     jobs.push_back({x, dx, l, sides[i], offsets[l], cells[l], &space[3 * l],
                     choose_spread(x.dtype, wide, p)});
     clear_prefix(dx, element_size(dx.dtype));

@@ -2,7 +2,7 @@
 // channels, or any strides at all.
 #pragma once
 
-#include "numeric.h"
+#include "lanes.h"
 #include "operand.h"
 
 namespace lwkd {
@@ -36,6 +36,10 @@ struct Runs {
   // Calls row(offset, first position, count) for the runs that cover [begin, end).
   template <typename Row>
   LWKD_INLINE void cover(int64_t begin, int64_t end, const Row& row) const {
+    if (end <= length) {  // nearly always: one run is all there is, and divisions are slow
+      row(begin * stride, begin, end - begin);
+      return;
+    }
     for (int64_t at = begin; at < end;) {
       const int64_t run = at / length, index = at % length;
       const int64_t count = std::min(length - index, end - at);
@@ -54,50 +58,97 @@ inline Order order_of(const Runs& runs, int64_t stride_c, int64_t channels) {
   return runs.stride == 1 || runs.length == 1 ? Order::kPositions : Order::kStrided;
 }
 
+// An operand and how it is read, worked out once a call.
+struct Source : Operand {
+  Runs runs;
+  Order order;
+
+  explicit Source(const Operand& o)
+      : Operand(o), runs(o), order(order_of(runs, o.stride_c, o.c)) {}
+};
+
 // --- positions side by side: eight channels a pass, the map stays in L1 --------------------------
 
-template <typename T, typename A, typename P>
-LWKD_INLINE void sum_positions(A* __restrict map, const T* x, int64_t stride_c, int64_t channels,
-                               int64_t count, P p) {
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    const T* r = x + c * stride_c;
-    const bool first = c == 0;
-#pragma GCC ivdep
-    for (int64_t q = 0; q < count; ++q) {
-      A v[8];
-      for (int k = 0; k < 8; ++k) v[k] = power(static_cast<A>(widen(r[k * stride_c + q])), p);
-      const A sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-      map[q] = first ? sum : map[q] + sum;
-    }
+// `kAdd`: to what the map already holds.
+template <bool kAdd, typename T, typename A, typename P>
+LWKD_INLINE void add_eight(A* map, const T* x, int64_t stride_c, int64_t count, P p) {
+  using Vector = typename Lanes<A>::Vector;
+  constexpr int kCount = Lanes<A>::kCount;
+  const T* const r[8] = {x,
+                         x + stride_c,
+                         x + 2 * stride_c,
+                         x + 3 * stride_c,
+                         x + 4 * stride_c,
+                         x + 5 * stride_c,
+                         x + 6 * stride_c,
+                         x + 7 * stride_c};
+  int64_t q = 0;
+  for (; q + kCount <= count; q += kCount) {
+    const Vector a = power(load(r[0] + q), p) + power(load(r[1] + q), p);
+    const Vector b = power(load(r[2] + q), p) + power(load(r[3] + q), p);
+    const Vector c = power(load(r[4] + q), p) + power(load(r[5] + q), p);
+    const Vector d = power(load(r[6] + q), p) + power(load(r[7] + q), p);
+    const Vector sum = (a + b) + (c + d);
+    store(kAdd ? load(map + q) + sum : sum, map + q);
   }
-  for (; c < channels; ++c) {
-    const T* r = x + c * stride_c;
-    const bool first = c == 0;
-#pragma GCC ivdep
-    for (int64_t q = 0; q < count; ++q) {
-      const A v = power(static_cast<A>(widen(r[q])), p);
-      map[q] = first ? v : map[q] + v;
-    }
+  for (; q < count; ++q) {
+    A v[8];
+    for (int k = 0; k < 8; ++k) v[k] = power(widen(r[k][q]), p);
+    const A sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    map[q] = kAdd ? map[q] + sum : sum;
   }
 }
 
-// --- channels side by side: 32 partial sums, added in one fixed order on every instruction set ---
+template <bool kAdd, typename T, typename A, typename P>
+LWKD_INLINE void add_one(A* map, const T* x, int64_t count, P p) {
+  constexpr int kCount = Lanes<A>::kCount;
+  int64_t q = 0;
+  for (; q + kCount <= count; q += kCount) {
+    const auto v = power(load(x + q), p);
+    store(kAdd ? load(map + q) + v : v, map + q);
+  }
+  for (; q < count; ++q) {
+    const A v = power(widen(x[q]), p);
+    map[q] = kAdd ? map[q] + v : v;
+  }
+}
 
 template <typename T, typename A, typename P>
-LWKD_INLINE void sum_channels(A* __restrict map, const T* x, int64_t stride, int64_t channels,
-                              int64_t count, P p) {
-  constexpr int kLanes = 32;
+LWKD_INLINE void sum_positions(A* map, const T* x, int64_t stride_c, int64_t channels,
+                               int64_t count, P p) {
+  int64_t c = 0;
+  if (channels >= 8) {
+    add_eight<false>(map, x, stride_c, count, p);
+    for (c = 8; c + 8 <= channels; c += 8)
+      add_eight<true>(map, x + c * stride_c, stride_c, count, p);
+  } else {
+    add_one<false>(map, x, count, p);
+    c = 1;
+  }
+  for (; c < channels; ++c) add_one<true>(map, x + c * stride_c, count, p);
+}
+
+// --- channels side by side: four vectors of partial sums, added in one fixed order ---------------
+
+template <typename T, typename A, typename P>
+LWKD_INLINE void sum_channels(A* map, const T* x, int64_t stride, int64_t channels, int64_t count,
+                              P p) {
+  using Vector = typename Lanes<A>::Vector;
+  constexpr int kCount = Lanes<A>::kCount;
   for (int64_t q = 0; q < count; ++q) {
     const T* r = x + q * stride;
-    A lane[kLanes] = {};
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes)
-      for (int k = 0; k < kLanes; ++k) lane[k] += power(static_cast<A>(widen(r[c + k])), p);
-    for (int k = 0; c + k < channels; ++k) lane[k] += power(static_cast<A>(widen(r[c + k])), p);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-    map[q] = lane[0];
+    Vector a{}, b{}, c{}, d{};
+    int64_t i = 0;
+    for (; i + 4 * kCount <= channels; i += 4 * kCount) {
+      a += power(load(r + i), p);
+      b += power(load(r + i + kCount), p);
+      c += power(load(r + i + 2 * kCount), p);
+      d += power(load(r + i + 3 * kCount), p);
+    }
+    for (; i + kCount <= channels; i += kCount) a += power(load(r + i), p);
+    A tail = 0;
+    for (; i < channels; ++i) tail += power(widen(r[i]), p);
+    map[q] = total((a + b) + (c + d)) + tail;
   }
 }
 
@@ -114,7 +165,10 @@ LWKD_INLINE void sum_strided(A* __restrict map, const T* x, int64_t stride_c, in
 template <typename T, typename A, typename P>
 LWKD_INLINE void sum_run(Order order, A* map, const T* x, int64_t stride_c, int64_t stride,
                          int64_t channels, int64_t count, P p) {
-  if (channels == 0 || order == Order::kStrided)
+  constexpr bool kNative = std::is_same_v<A, decltype(widen(T()))>;
+  if constexpr (!kNative)
+    sum_strided(map, x, stride_c, stride, channels, count, p);
+  else if (channels == 0 || order == Order::kStrided)
     sum_strided(map, x, stride_c, stride, channels, count, p);
   else if (order == Order::kPositions)
     sum_positions(map, x, stride_c, channels, count, p);

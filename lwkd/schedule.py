@@ -330,7 +330,7 @@ class LayerwiseLR(LRScheduler):
         if d.shape != (L,):
             expected = f"shape ({L},), one distance per pair"
             raise ValueError(checks.message(op, "d", expected, f"shape {tuple(d.shape)}"))
-        value = d.detach().to(self._mean.dtype)
+        value = d.to(self._mean.dtype)
         if weight is None:
             return value, torch.ones_like(value)
         if isinstance(weight, (int, float)):
@@ -341,7 +341,7 @@ class LayerwiseLR(LRScheduler):
         if weight.shape not in {(), (1,), (L,)}:
             got = f"shape {tuple(weight.shape)}"
             raise ValueError(checks.message(op, "weight", f"a number or shape ({L},)", got))
-        return value, weight.detach().to(value).expand(L)
+        return value, weight.to(value).expand(L)
 
     def _recomputed(self) -> tuple[Tensor, policies.State, Tensor]:
         """Ask the policy; change nothing."""
@@ -513,7 +513,9 @@ class LayerwiseLR(LRScheduler):
         for group, (written, _) in zip(self.optimizer.param_groups, self._written, strict=True):
             group["lr"] = written  # the tensor that is known, if it is one
         self._unscaled = [
-            torch.as_tensor(new).to(old).view_as(old) if isinstance(old, Tensor) else float(new)
+            torch.as_tensor(new).to(old, copy=True).view_as(old)
+            if isinstance(old, Tensor)
+            else float(new)
             for new, old in zip(unscaled, self._unscaled, strict=True)
         ]
         _write(self.optimizer, self.get_lr())

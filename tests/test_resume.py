@@ -124,6 +124,30 @@ def test_a_state_is_a_copy_keyed_by_name():
     assert all(v.untyped_storage().nbytes() <= 8 for v in state["layers"]["block1"].values())
 
 
+def test_writing_into_a_state_writes_into_nothing_else():
+    run = build(torch.tensor(0.1), momentum_sgd, BASES["StepLR"])
+    advance(*run, range(2))
+    state, before = run[2].state_dict(), flat(run[2].state_dict())
+    run[2].load_state_dict(state)
+    for rate in (*state["groups"].values(), *state["base"]["state"]["base_lrs"]):
+        rate.fill_(99.0)
+    for row in state["layers"].values():
+        for value in row.values():
+            value.fill_(99)
+    state["base"]["state"]["base_lrs"].clear()
+    assert flat(run[2].state_dict()) == before
+
+
+def test_other_bounds_than_the_saved_ones_hold():
+    run = build(1.0, momentum=0.0)
+    run[1].step()
+    run[2].update(torch.tensor([1.0, 9.0]))
+    run[2].step()
+    narrow = build(1.0, momentum=0.0, bounds=(0.5, 1.5))
+    narrow[2].load_state_dict(run[2].state_dict())
+    assert lrs(narrow[1]) == [0.5, 1.5, 1.0]
+
+
 def test_loading_twice_does_not_compound():
     student, optimizer, rates = build(0.1, momentum_sgd, BASES["ExponentialLR"], momentum=0.0)
     advance(student, optimizer, rates, range(4))

@@ -102,6 +102,13 @@ def test_longest_prefix_wins_and_names_stay_unique():
     }
 
 
+def test_a_bias_of_two_dimensions_is_not_decayed():
+    student, pairs = make()
+    student.block2.bias = nn.Parameter(torch.ones(2, 2))
+    groups = param_groups_layerwise(student, pairs, lr=0.1, weight_decay=0.1)
+    assert described(groups, student)["block2/no_decay"] == (0.0, ["block2.bias", "block2.0.bias"])
+
+
 def test_groups_of_wrapped_students_and_of_adapters_around_them():
     student, pairs = make()
     plain = described(param_groups_layerwise(student, pairs, lr=0.1), student)
@@ -189,17 +196,20 @@ def test_the_optimizer_uses_them():
         torch.testing.assert_close(p.detach(), before[name] - lr * p.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_every_and_warmup():
-    student, optimizer, rates = build(1.0, every=3, warmup=4, momentum=0.0)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_every_and_warmup(tensor):
+    lr = torch.tensor(1.0) if tensor else 1.0
+    student, optimizer, rates = build(lr, every=3, warmup=4, momentum=0.0)
     seen = []
     for _ in range(7):
         train(student, optimizer)
         rates.update(torch.tensor([1.0, 3.0]))
         rates.step()
+        assert rates.multipliers[0].item() == pytest.approx(lrs(optimizer)[0])
         seen.append(round(lrs(optimizer)[0], 4))
     # Computed at step 3, in force once 4 steps have kept multiplier 1.
     assert seen == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
-    student, optimizer, rates = build(1.0, every=3, momentum=0.0)
+    student, optimizer, rates = build(lr, every=3, momentum=0.0)
     seen = []
     for step in range(7):
         train(student, optimizer)
@@ -382,6 +392,25 @@ def test_no_synchronisation_with_tensor_rates():
         assert all(group["lr"].device.type == "meta" for group in optimizer.param_groups)
         with pytest.raises(RuntimeError, match="meta"):
             rates.multipliers.tolist()
+
+
+def test_the_state_stays_where_it_is_in_memory():
+    """Fault 26: a captured graph reads and writes the same addresses at every replay."""
+
+    def addresses(rates):
+        tensors = [rates._multipliers, rates._mean, rates._weight, rates._skipped]
+        return [t.data_ptr() for t in (*tensors, *rates._state.values())]
+
+    for name in sorted(policy.POLICIES):
+        _, optimizer, rates = build(torch.tensor(0.1), policy=name)
+        optimizer.step()
+        seen = []
+        for _ in range(4):
+            rates.update(torch.rand(2))
+            rates.step()
+            seen.append(addresses(rates))
+        assert len(seen[0]) > 4
+        assert seen == seen[:1] * 4
 
 
 def test_float_rates_cost_one_synchronisation_and_only_when_due():

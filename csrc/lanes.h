@@ -1,0 +1,81 @@
+// Vectors of a fixed number of lanes, so that sums have one order on every instruction set: the
+// compiler lowers them to SSE2, AVX2 or AVX-512 as the clone asks.
+#pragma once
+
+#include "numeric.h"
+
+namespace lwkd {
+
+using Float8 = float __attribute__((vector_size(32)));
+using Float4 = float __attribute__((vector_size(16)));
+using Double2 = double __attribute__((vector_size(16)));
+using Int8 = uint32_t __attribute__((vector_size(32)));
+using Short8 = uint16_t __attribute__((vector_size(16)));
+using Double4 = double __attribute__((vector_size(32)));
+using Long4 = uint64_t __attribute__((vector_size(32)));
+
+template <typename A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  using Vector = Float8;
+  static constexpr int kCount = 8;
+};
+template <>
+struct Lanes<double> {
+  using Vector = Double4;
+  static constexpr int kCount = 4;
+};
+
+template <typename Vector, typename From>
+LWKD_INLINE Vector read_bits(const From* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+LWKD_INLINE Float8 load(const float* p) { return read_bits<Float8>(p); }
+LWKD_INLINE Double4 load(const double* p) { return read_bits<Double4>(p); }
+LWKD_INLINE Float8 load(const BFloat16* p) {
+  return (Float8)(__builtin_convertvector(read_bits<Short8>(p), Int8) << 16);
+}
+LWKD_INLINE Float8 load(const Half* p) {  // as widen(Half)
+  const Int8 bits = __builtin_convertvector(read_bits<Short8>(p), Int8);
+  const Int8 magnitude = (bits & 0x7fffu) << 13;
+  const Int8 finite = (Int8)((Float8)magnitude * 0x1p112f);
+  const Int8 special = (Int8)(magnitude >= 0x0f800000u);
+  return (Float8)(((special & (magnitude | 0x7f800000u)) | (~special & finite)) |
+                  ((bits & 0x8000u) << 16));
+}
+
+template <typename Vector>
+LWKD_INLINE void store(Vector v, void* p) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+LWKD_INLINE Float8 power(Float8 x, One) { return (Float8)((Int8)x & 0x7fffffffu); }
+LWKD_INLINE Double4 power(Double4 x, One) { return (Double4)((Long4)x & 0x7fffffffffffffffull); }
+LWKD_INLINE Float8 power(Float8 x, Two) { return x * x; }
+LWKD_INLINE Double4 power(Double4 x, Two) { return x * x; }
+LWKD_INLINE Float8 power(Float8 x, Any e) {
+  for (int k = 0; k < 8; ++k) x[k] = power(x[k], e);
+  return x;
+}
+LWKD_INLINE Double4 power(Double4 x, Any e) {
+  for (int k = 0; k < 4; ++k) x[k] = power(x[k], e);
+  return x;
+}
+
+// One fixed tree, by halves.
+LWKD_INLINE float total(Float8 v) {
+  const Float4 four = __builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                      __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Float4 two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return two[0] + two[1];
+}
+LWKD_INLINE double total(Double4 v) {
+  const Double2 two = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
+  return two[0] + two[1];
+}
+
+}  // namespace lwkd

@@ -1,0 +1,8 @@
+"""x."""
+
+def add_arguments(p):
+    pass
+
+
+def main(a):
+    return 0
