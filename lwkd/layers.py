@@ -10,19 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from math import isqrt, log2, prod
+from math import isqrt
 from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lwkd import autopair
+from lwkd.autopair import Shape, times
 from lwkd.hooks import COMPILED, Capture, Features, compiled_module, run, untouched
 from lwkd.ops.checks import message, suggest
 
 _OP = "pair_layers"
 _WRAPPERS = ("module", "_orig_mod")
-Shape = tuple[int, ...]
 Modules = Mapping[str, nn.Module]
 
 
@@ -146,7 +146,7 @@ class LayerPairs(Sequence[LayerPair]):
     def __str__(self) -> str:
         rows = [("student layer", "shape", "teacher layer", "shape", "note")]
         rows += [
-            (p.student, _x(p.student_shape), p.teacher, _x(p.teacher_shape), p.note or "-")
+            (p.student, times(p.student_shape), p.teacher, times(p.teacher_shape), p.note or "-")
             for p in self._pairs
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -155,10 +155,6 @@ class LayerPairs(Sequence[LayerPair]):
         return "\n".join(line.rstrip() for line in lines)
 
     __repr__ = __str__
-
-
-def _x(sizes: Iterable[int] | None) -> str:
-    return "?" if sizes is None else "x".join(map(str, sizes))
 
 
 def pair_layers(
@@ -403,7 +399,7 @@ def _mismatch(a: Shape, b: Shape) -> str:
         return "different numbers of dimensions: maps cannot compare them"
     space = tuple(map(min, a[2:], b[2:]))
     notes = [
-        f"{side}maps pooled {_x(x[2:])} -> {_x(space)}"
+        f"{side}maps pooled {times(x[2:])} -> {times(space)}"
         for side, x in (("student ", a), ("teacher ", b))
         if x[2:] != space
     ]
@@ -421,24 +417,6 @@ def _fold(shape: Shape) -> str:
 # --- auto --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Event:
-    """A module that ran, in order of completion; weights: how many weight layers had run."""
-
-    name: str
-    module: nn.Module
-    shape: Shape
-    weights: int
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    shape: Shape
-    depth: float
-    why: str
-
-
 def _auto(
     networks: tuple[nn.Module, nn.Module], layers: tuple[Modules, Modules], inputs: Any
 ) -> list[tuple[str, str, str]]:
@@ -447,8 +425,8 @@ def _auto(
     found = []
     for side, network, known in zip(("student", "teacher"), networks, layers, strict=True):
         events = _trace(network, known, inputs)
-        candidates = _blocks(events) or _stages(events)
-        if not candidates:
+        found_here = autopair.candidates(events)
+        if not found_here:
             names = [e.name for e in events][:8]
             expected = f"layers of more than one position [N, C, *space] or [N, T, D] in the {side}"
             got = (
@@ -456,26 +434,26 @@ def _auto(
                 "pass pairs=[('student layer', 'teacher layer'), ...]"
             )
             raise ValueError(message(_OP, "pairs='auto'", expected, got))
-        found.append(candidates)
-    chosen = [(s.name, t.name, f"auto: {s.why} | {t.why}") for s, t in _align(*found)]
+        found.append(found_here)
+    chosen = [(s.name, t.name, f"auto: {s.why} | {t.why}") for s, t in autopair.align(*found)]
     _check(chosen, layers)
     return chosen
 
 
-def _trace(network: nn.Module, layers: Modules, inputs: Any) -> list[_Event]:
+def _trace(network: nn.Module, layers: Modules, inputs: Any) -> list[autopair.Event]:
     """Run a network; list the modules that ran once and put out a tensor with the batch first."""
     unique: dict[nn.Module, str] = {}
     for name, module in layers.items():
         unique.setdefault(module, name)
     named = [(name, module) for module, name in unique.items()]
-    events: list[_Event] = []
+    events: list[autopair.Event] = []
     weights = 0
 
     def record(i: int, x: Tensor) -> None:
         nonlocal weights
         name, module = named[i]
         weights += any(p.dim() > 1 for p in module.parameters(recurse=False))
-        events.append(_Event(name, module, tuple(x.shape), weights))
+        events.append(autopair.Event(name, module, tuple(x.shape), weights))
 
     with untouched(network), Capture(_OP, named, record, lenient=True):
         run(_OP, network, inputs)
@@ -489,117 +467,3 @@ def _batch(inputs: Any) -> int | None:
         return inputs.shape[0] if inputs.dim() else None
     items = inputs.values() if isinstance(inputs, Mapping) else inputs
     return next((x.shape[0] for x in items if isinstance(x, Tensor) and x.dim()), None)
-
-
-def _blocks(events: Sequence[_Event]) -> list[_Candidate]:
-    """Take the repeated blocks of a network that consists of blocks of one shape."""
-    classes: dict[type, list[_Event]] = {}
-    for e in events:
-        if _composite(e) and type(e.module) is not nn.Sequential and len(e.shape) > 2:
-            classes.setdefault(type(e.module), []).append(e)
-    groups = [_outermost(group) for group in classes.values()]
-    groups = [g for g in groups if len(g) > 1]
-    largest = max(groups, key=lambda g: sum(map(_numel, g)), default=[])
-    total = sum(_numel(e) for e in _outermost(events))
-    if len({e.shape for e in largest}) != 1 or 2 * sum(map(_numel, largest)) < total:
-        return []
-    n = len(largest)
-    return [
-        _Candidate(e.name, e.shape, i / n, f"block {i} of {n}") for i, e in enumerate(largest, 1)
-    ]
-
-
-def _stages(events: Sequence[_Event]) -> list[_Candidate]:
-    """Take the last module before each change of resolution or channel count."""
-    children: dict[str, list[_Event]] = {"": []}
-    ran = {e.name for e in events}
-    for e in events:
-        children.setdefault(next((a for a in _above(e.name) if a in ran), ""), []).append(e)
-    level = _level(children, "")
-    ends = _ends(level)
-    while len(ends) < 2 and (inside := [e for e in level if e.name in children]):
-        whole = max(inside, key=_numel)
-        at = level.index(whole)
-        level = level[:at] + _level(children, whole.name) + level[at + 1 :]
-        ends = _ends(level) or ends
-    last = ends[-1].weights if ends else 1
-    return [
-        _Candidate(e.name, e.shape, e.weights / max(last, 1), f"last at {_x(e.shape[1:])}")
-        for e in ends
-    ]
-
-
-def _level(children: Mapping[str, list[_Event]], name: str) -> list[_Event]:
-    """List what runs directly inside a module, looking into trunks: what changes size twice."""
-    level: list[_Event] = []
-    for e in children[name]:
-        inside = [x.shape for x in children.get(e.name, []) if _spatial(x)]
-        sizes = {s[2:] for s in inside if len(s) > 3}
-        # [N, A, B] is tokens or a signal: a trunk changes both sizes, a block at most one twice
-        sides = min(len({s[d] for s in inside if len(s) == 3}) for d in (1, 2))
-        if max(len(sizes), sides) > 2:
-            level += _level(children, e.name)
-        else:
-            level.append(e)
-    return level
-
-
-def _ends(level: Sequence[_Event]) -> list[_Event]:
-    """Return the last module of each stage: a run of outputs of one shape, with parameters."""
-    runs = [list(run) for _, run in groupby(filter(_spatial, level), key=lambda e: e.shape[1:])]
-    runs = [run for run in runs if any(map(_numel, run))]
-    # Where two stages or more hold composite blocks, single layers are stem or transition.
-    deep = [run for run in runs if any(map(_composite, run))]
-    runs = deep if len(deep) > 1 else runs
-    dropout = nn.modules.dropout._DropoutNd
-    kept = ([e for e in run if not isinstance(e.module, dropout)] for run in runs)
-    return [run[-1] for run in kept if run]
-
-
-def _align(a: list[_Candidate], b: list[_Candidate]) -> list[tuple[_Candidate, _Candidate]]:
-    """Match every layer of the shorter list to one of the longer, in order.
-
-    Minimises the sum of differences in relative depth, then of resolution, by dynamic programming.
-    """
-    if len(a) > len(b):
-        return [(s, t) for t, s in _align(b, a)]
-    best: list[tuple[float, float, list[int]]] = [(0.0, 0.0, [])] * (len(b) + 1)
-    for s in a:
-        row: list[tuple[float, float, list[int]]] = [(float("inf"), 0.0, [])]
-        for j, t in enumerate(b):
-            depth, size, path = best[j]
-            apart = abs(log2(_positions(s.shape) / _positions(t.shape)))
-            taken = (round(depth + abs(s.depth - t.depth), 6), round(size + apart, 6), [*path, j])
-            row.append(min(row[-1], taken, key=lambda r: r[:2]))
-        best = row
-    return [(s, b[j]) for s, j in zip(a, best[-1][2], strict=True)]
-
-
-def _spatial(e: _Event) -> bool:
-    """Whether an output has more than one position."""
-    if len(e.shape) == 3:
-        return min(e.shape[1:]) > 1
-    return len(e.shape) > 3 and prod(e.shape[2:]) > 1
-
-
-def _positions(shape: Shape) -> int:
-    return shape[1] if len(shape) == 3 else prod(shape[2:])
-
-
-def _composite(e: _Event) -> bool:
-    return any(any(True for _ in c.parameters()) for c in e.module.children())
-
-
-def _numel(e: _Event) -> int:
-    return sum(p.numel() for p in e.module.parameters())
-
-
-def _above(name: str) -> list[str]:
-    """List the names of the modules around a module, the nearest first."""
-    parts = name.split(".")
-    return [".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1)]
-
-
-def _outermost(events: Sequence[_Event]) -> list[_Event]:
-    names = {e.name for e in events}
-    return [e for e in events if not names.intersection(_above(e.name))]

@@ -113,6 +113,7 @@ struct Table {
 template <typename Item, int K>
 __device__ __forceinline__ int find(const Table<Item, K>& table, int64_t block) {
   int low = 0, high = table.count;
+#pragma unroll 1
   while (high - low > 1) {
     const int middle = (low + high) / 2;
     if (table.item[middle].first <= block)
@@ -190,6 +191,7 @@ __device__ __forceinline__ void add_packs(A (&sum)[V], const T* x, int64_t strid
 template <int V, typename T, typename A, typename P>
 __device__ __forceinline__ void accumulate(A (&sum)[V], const T* x, int64_t stride, int64_t count,
                                            P p) {
+#pragma unroll 1
   for (; count >= P::kLoads; count -= P::kLoads, x += P::kLoads * stride)
     add_packs<P::kLoads, V>(sum, x, stride, p);
   if constexpr (P::kLoads > 4) {
@@ -248,11 +250,14 @@ __device__ __forceinline__ void plane_maps(const MapItem& m, int64_t block, P p)
   const int length = static_cast<int>(smaller<int64_t>(span, m.positions));  // positions of a tile
   const int samples = static_cast<int>(smaller<int64_t>(cut.count, m.n - s.first_sample));
   A* out = static_cast<A*>(m.out) + (s.part * m.n + s.first_sample) * m.positions + column * V;
+#pragma unroll 1
   for (int i = t; i < samples * length; i += kThreads) {
     const int sample = i / length, q = i % length;
     A all = 0;
+#pragma unroll 1
     for (int group = 0; group < cut.groups; ++group) {
       const A* row = shared + (sample * cut.groups + group) * cut.width * V;
+#pragma unroll 1
       for (int e = q; e < span; e += length) all += row[e];
     }
     out[sample * m.positions + q] = all;
@@ -292,6 +297,7 @@ __device__ __forceinline__ void row_maps(const MapItem& m, int64_t block, P p) {
   const int64_t count = begin < end ? divide(end - begin + cut.width - 1, cut.width) : 0;
   Row r(rest * cut.count + threadIdx.x / cut.width, m.positions, at_once);
   A* out = static_cast<A*>(m.out) + part * rows;
+#pragma unroll 1
   for (int i = 0; i < cut.count; i += at_once, r.next()) {
     A sum[V] = {};
     if (r.row < rows) {
@@ -318,6 +324,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 4 : 2)
     maps_kernel(const __grid_constant__ Table<MapItem, K> table, P p, int32_t* done, int layers) {
   // The distances that follow in the stream count their blocks from zero.
   if (blockIdx.x == 0 && done != nullptr)
+#pragma unroll 1
     for (int l = threadIdx.x; l < layers; l += kThreads) done[l] = 0;
   if (blockIdx.x >= table.blocks) return;
   const MapItem& item = table.item[find(table, blockIdx.x)];
@@ -379,11 +386,15 @@ __device__ __forceinline__ A settle(const Side& side, const int64_t (&space)[3],
     end[d] = cell_end(at.i[d], side.size[d], space[d]);
   }
   A sum = 0;
+#pragma unroll 1
   for (int64_t a = begin[0]; a < end[0]; ++a)
+#pragma unroll 1
     for (int64_t b = begin[1]; b < end[1]; ++b)
+#pragma unroll 1
       for (int64_t c = begin[2]; c < end[2]; ++c) {
         const A* r = raw + (a * side.size[1] + b) * side.size[2] + c;
         A value = 0;
+#pragma unroll 1
         for (int64_t part = 0; part < side.splits; ++part) value += r[part * samples * positions];
         sum += value;
       }
@@ -438,6 +449,7 @@ __device__ __forceinline__ double sample_distance(const DistanceItem& d, int64_t
   const int lane = threadIdx.x % d.team;
   const int64_t cells = n < samples ? d.cells : 0;
   double sums[3] = {0, 0, 0};  // of the student's map, of the teacher's, positions kept
+#pragma unroll 1
   for (int64_t q = lane; q < cells; q += d.team) {
     const bool keep = kept(d.mask, n, q, d.space);
     const double s = final_value<A>(d, 0, n, samples, q, keep);
@@ -453,6 +465,7 @@ __device__ __forceinline__ double sample_distance(const DistanceItem& d, int64_t
   const A* map_s = static_cast<const A*>(d.side[0].map) + n * d.cells;
   const A* map_t = static_cast<const A*>(d.side[1].map) + n * d.cells;
   double distance[1] = {0};
+#pragma unroll 1
   for (int64_t q = lane; q < cells; q += d.team) {
     const double s = map_s[q], t = map_t[q];
     if (js) {
@@ -480,6 +493,7 @@ __device__ __forceinline__ void finish_mean(const DistanceItem& d, int64_t sampl
   if (*last == 0) return;
   __threadfence();
   double sum[1] = {0};
+#pragma unroll 1
   for (int64_t n = threadIdx.x; n < samples; n += blockDim.x) sum[0] += __ldcg(d.each + n);
   team_sum(sum, blockDim.x, shared);
   if (threadIdx.x == 0) *static_cast<A*>(d.out) = static_cast<A>(sum[0] / samples);
@@ -554,8 +568,11 @@ __device__ __forceinline__ double raw_slope(const SlopeItem& c, const Sample& s,
     high[d] = cell_end(at.i[d], c.space[d], c.size[d]);
   }
   double sum = 0;
+#pragma unroll 1
   for (int64_t i = low[0]; i < high[0]; ++i)
+#pragma unroll 1
     for (int64_t j = low[1]; j < high[1]; ++j)
+#pragma unroll 1
       for (int64_t k = low[2]; k < high[2]; ++k) {
         const int64_t cell[3] = {i, j, k};
         double part = cell_slope<A>(c, s, n, (i * c.space[1] + j) * c.space[2] + k, js);
@@ -573,6 +590,7 @@ __device__ __forceinline__ Sample read_sample(const SlopeItem& c, int64_t n, int
                                               bool js, double* shared) {
   const int lane = threadIdx.x % c.team;
   double sums[3] = {0, 0, 0};
+#pragma unroll 1
   for (int64_t q = lane; q < cells; q += c.team) {
     const double m = static_cast<const A*>(c.own)[n * c.cells + q];
     const double other = static_cast<const A*>(c.other)[n * c.cells + q];
@@ -588,6 +606,7 @@ __device__ __forceinline__ Sample read_sample(const SlopeItem& c, int64_t n, int
   s.other_total = sums[1];
   s.uniform = sums[2] > 0 ? 1 / sums[2] : 0;
   double radial[1] = {0};
+#pragma unroll 1
   for (int64_t q = lane; q < cells; q += c.team) {
     double own;
     const double bare = bare_slope<A>(c, s, n, q, js, kept(c.mask, n, q, c.space), own);
@@ -613,6 +632,7 @@ __global__ void __launch_bounds__(kDistanceThreads)
   const double grad = factor * static_cast<const A*>(item.grad)[n * item.grad_stride];
   A* out = static_cast<A*>(item.out) + n * item.positions;
   const bool pooled = item.positions != item.cells;
+#pragma unroll 1
   for (int64_t r = lane; r < item.positions; r += item.team)
     out[r] = static_cast<A>(grad * (pooled ? raw_slope<A>(item, s, n, r, js != 0)
                                            : cell_slope<A>(item, s, n, r, js != 0)));
@@ -638,9 +658,11 @@ template <int V, typename T, typename A, typename P>
 __device__ __forceinline__ void spread(const A (&c)[V], const T* x, int64_t stride, T* dx,
                                        int64_t dx_stride, int64_t count, P p) {
   constexpr int U = P::kStores;
+#pragma unroll 1
   for (; count >= U; count -= U, x += U * stride, dx += U * dx_stride)
     spread_packs<U, V>(c, x, stride, dx, dx_stride, p);
   if constexpr (U > 1) {
+#pragma unroll 1
     for (; count > 0; --count, x += stride, dx += dx_stride)
       spread_packs<1, V>(c, x, stride, dx, dx_stride, p);
   }
@@ -677,6 +699,7 @@ __device__ __forceinline__ void row_spread(const SpreadItem& m, int64_t block, P
   const int64_t count = begin < end ? divide(end - begin + cut.width - 1, cut.width) : 0;
   const int64_t stride = static_cast<int64_t>(cut.width) * V;
   Row r(rest * cut.count + threadIdx.x / cut.width, m.positions, at_once);
+#pragma unroll 1
   for (int i = 0; i < cut.count && r.row < rows; i += at_once, r.next()) {
     A c[V];
     const A slope_here = static_cast<const A*>(m.slope)[r.row];
@@ -695,6 +718,7 @@ template <typename T>
 __device__ __forceinline__ void clear(const SpreadItem& m, int64_t block) {
   const int64_t channels = m.cut.total, all = m.n * m.positions * channels;
   const int64_t end = smaller((block + 1) * m.cut.count, all);
+#pragma unroll 1
   for (int64_t e = block * m.cut.count + threadIdx.x; e < end; e += kThreads) {
     const int64_t row = divide(e, channels), sample = divide(row, m.positions);
     static_cast<T*>(m.dx)[sample * m.to.stride_n + (e - row * channels) * m.to.step +

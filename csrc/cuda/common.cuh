@@ -159,11 +159,13 @@ __device__ __forceinline__ Pack<T, V> pack_up(const A (&in)[V]) {
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
-// 64-bit division is a long routine; most operands fit 32 bits.
+// 64-bit division is a long routine, kept out of line; most operands fit 32 bits. a ≥ 0, b > 0.
+static __device__ __noinline__ uint64_t divide_wide(uint64_t a, uint64_t b) { return a / b; }
+
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   if (static_cast<uint64_t>(a | b) >> 32 == 0)
     return static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
-  return a / b;
+  return static_cast<int64_t>(divide_wide(a, b));
 }
 
 template <typename T>
@@ -176,6 +178,7 @@ __device__ __forceinline__ T smaller(T a, T b) {
 // Over groups of `lanes` neighbours (a power of two); every lane of the warp calls, all get the sum.
 template <typename A>
 __device__ __forceinline__ A lanes_sum(A x, int lanes) {
+#pragma unroll 1
   for (int mask = lanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
   return x;
 }
@@ -197,6 +200,7 @@ __device__ __forceinline__ void team_sum(double (&x)[K], int team, double* share
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     x[k] = 0;
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) x[k] += shared[w * K + k];
   }
 }

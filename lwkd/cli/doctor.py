@@ -1,5 +1,6 @@
 """x."""
 
+
 def add_arguments(p):
     pass
 
