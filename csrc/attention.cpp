@@ -312,7 +312,7 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
   std::vector<Operand> operands;
   for (size_t i = 0; i < xs.size(); ++i) {
     const int64_t layout[4] = {channel_dims[i], 0, 0, 0};
-    operands.push_back(read_operand(xs[i], layout));
+    operands.push_back(read_operand(xs[i], layout, "xs", i));
     std::vector<int64_t> size;
     for (int64_t d = 0; d < xs[i].dim(); ++d)
       if (d != channel_dims[i]) size.push_back(xs[i].size(d));
@@ -423,8 +423,8 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
   for (size_t i = 0; i < xs.size(); ++i) {
     out.push_back(torch::stable::empty_like(xs[i]));
     const int64_t l = layers[i];
-    const Source x(read_operand(xs[i], &layout[4 * i]));
-    const Source dx(read_operand(out[i], &layout[4 * i]));
+    const Source x(read_operand(xs[i], &layout[4 * i], "xs", i));
+    const Source dx(read_operand(out[i], &layout[4 * i], "gradient", i));
     jobs.push_back({x, dx, l, sides[i], offsets[l], cells[l], &space[3 * l],
                     choose_spread(x.dtype, wide, p)});
     clear_prefix(dx, element_size(dx.dtype));

@@ -24,8 +24,10 @@ struct Operand {
   int64_t positions() const { return size[0] * size[1] * size[2]; }
 };
 
-// `layout`: channel dimension, prefix, h, w (h = 0: space is not folded).
-inline Operand read_operand(const Tensor& x, const int64_t* layout) {
+// `layout`: channel dimension, prefix, h, w (h = 0: space is not folded). `argument` and `layer` name
+// the tensor in an error.
+inline Operand read_operand(const Tensor& x, const int64_t* layout, const char* argument,
+                            int64_t layer) {
   const int64_t channel = layout[0], prefix = layout[1], h = layout[2], w = layout[3];
   const auto sizes = x.sizes();
   const auto strides = x.strides();
@@ -33,6 +35,10 @@ inline Operand read_operand(const Tensor& x, const int64_t* layout) {
   Operand o{};
   o.data = const_cast<void*>(x.const_data_ptr());
   o.dtype = x.scalar_type();
+  // Not what torch makes, but what numpy can hand it; vector loads would fault.
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(o.data) % element_size(o.dtype) == 0,
+                  "lwkd.ops: ", argument, " (layer ", layer, "): expected data aligned to ",
+                  element_size(o.dtype), " bytes, got a tensor that is not; pass a clone()");
   o.n = sizes[0];
   o.c = sizes[channel];
   o.stride_n = strides[0];
@@ -77,8 +83,8 @@ inline std::vector<Layer> read_layers(const std::vector<Tensor>& student,
   int64_t offset = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
     Layer& layer = layers[l];
-    layer.side[0] = read_operand(student[l], &student_layout[4 * l]);
-    layer.side[1] = read_operand(teacher[l], &teacher_layout[4 * l]);
+    layer.side[0] = read_operand(student[l], &student_layout[4 * l], "student", l);
+    layer.side[1] = read_operand(teacher[l], &teacher_layout[4 * l], "teacher", l);
     layer.cells = 1;
     for (int i = 0; i < 3; ++i) {
       layer.space[i] = std::min(layer.side[0].size[i], layer.side[1].size[i]);

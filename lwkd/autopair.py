@@ -108,7 +108,9 @@ def _ends(level: Sequence[Event]) -> list[Event]:
     runs = deep if len(deep) > 1 else runs
     dropout = nn.modules.dropout._DropoutNd
     kept = ([e for e in run if not isinstance(e.module, dropout)] for run in runs)
-    return [run[-1] for run in kept if run]
+    # What owns weights can be given a rate of its own: a convolution, not the ReLU behind it.
+    weighty = ([e for e in run if _weighty(e)] or run for run in kept)
+    return [run[-1] for run in weighty if run]
 
 
 def align(a: list[Candidate], b: list[Candidate]) -> list[tuple[Candidate, Candidate]]:
@@ -143,6 +145,10 @@ def _positions(shape: Shape) -> int:
 
 def _composite(e: Event) -> bool:
     return any(any(True for _ in c.parameters()) for c in e.module.children())
+
+
+def _weighty(e: Event) -> bool:
+    return any(p.dim() > 1 for p in e.module.parameters())
 
 
 def _numel(e: Event) -> int:

@@ -104,8 +104,7 @@ def pool(
         RuntimeError: A rank did not take part within the group's timeout.
     """
     flag = torch.full((1,), float(failed), dtype=torch.float64, device=d.device)
-    wide = weight.double()
-    buffer = torch.cat([d.double() * wide, wide, flag])
+    buffer = torch.cat([d.double() * weight, weight.double(), flag])
     try:
         dist.all_reduce(buffer, group=group)
     except RuntimeError as error:

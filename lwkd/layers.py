@@ -163,7 +163,8 @@ def pair_layers(
     """Pair layers of a student with layers of its teacher.
 
     ``"auto"`` runs both networks once on ``example_inputs`` and takes the layers where resolution
-    or channel count changes: the last module before each change along the forward order. A stem of
+    or channel count changes: the last module with weights before each change along the forward
+    order (only what has weights can be given a rate). A stem of
     single layers in front of composite blocks, stages without parameters (pooling) and layers of
     one position are passed over. Networks of equal blocks (transformers) have no such changes:
     their blocks are taken. Student and teacher are matched in order, each layer of the one with

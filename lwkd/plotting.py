@@ -270,18 +270,17 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
     >>> [round(h, 2) for h in _spread([0.5, 0.5, 0.9], 0.1)]
     [0.45, 0.55, 0.9]
     """
-    clusters: list[list[float]] = []  # [sum of heights, count]: neighbours share one centre
+    clusters: list[tuple[float, int]] = []  # (sum of heights, count): neighbours around one centre
+
+    def centre(cluster: tuple[float, int]) -> float:
+        half = gap * (cluster[1] - 1) / 2  # which stays inside the axes
+        return max(half, min(cluster[0] / cluster[1], 1 - half))
+
     for height in heights:
-        clusters.append([height, 1.0])
+        clusters.append((height, 1))
         while len(clusters) > 1:
-            (a, m), (b, n) = clusters[-2:]
-            if b / n - a / m >= gap * (m + n) / 2:
+            below, above = clusters[-2:]
+            if centre(above) - centre(below) >= gap * (below[1] + above[1]) / 2:
                 break
-            clusters[-2:] = [[a + b, m + n]]
-    out = []
-    for total, count in clusters:
-        first = total / count - gap * (count - 1) / 2
-        out += [first + gap * i for i in range(int(count))]
-    # Back inside the axes: down from the top, or else up from the bottom.
-    shift = min(0.0, 1.0 - out[-1]) if out and out[-1] > 1.0 else max(0.0, -min(out, default=0.0))
-    return [h + shift for h in out]
+            clusters[-2:] = [(below[0] + above[0], below[1] + above[1])]
+    return [centre(c) + gap * (i - (c[1] - 1) / 2) for c in clusters for i in range(c[1])]

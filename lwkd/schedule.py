@@ -5,96 +5,31 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lwkd import distributed
+from lwkd import groups as grouping
 from lwkd import policy as policies
-from lwkd.layers import LayerPairs, named_layers
+from lwkd.groups import Rate, param_groups_layerwise
+from lwkd.layers import LayerPairs
 from lwkd.ops import checks
+from lwkd.saved import SavedState
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-Rate = float | Tensor
-
 VERSION = 1
 """Of the layout of `LayerwiseLR.state_dict`."""
 
-_SCALARS = ("multiplier", "distance", "weight", "skipped")
+__all__ = ["LayerwiseLR", "param_groups_layerwise"]
+
 _log = logging.getLogger(__name__)
-
-
-def param_groups_layerwise(
-    student: nn.Module,
-    pairs: LayerPairs,
-    *,
-    lr: Rate,
-    weight_decay: float = 0.0,
-    no_weight_decay_list: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Sort the student's parameters into one optimizer group per (layer, weight decay).
-
-    A parameter belongs to the pair whose student module name is its longest dotted prefix; all
-    others are in the groups "rest". Parameters of one dimension or fewer, biases, and those listed
-    get no weight decay. Frozen parameters are left out, and a group without parameters too.
-
-    Args:
-        student: The network to train, or a wrapper around it.
-        pairs: What `pair_layers` returned for it.
-        lr: The rate of every group; a tensor is cloned per group.
-        weight_decay: Of the parameters that are decayed.
-        no_weight_decay_list: Names of further parameters without weight decay.
-
-    Returns:
-        Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; names are unique,
-        the layer's, with "/no_decay" added where its other group is decayed.
-
-    Raises:
-        ValueError: A pair without parameters, a pair whose parameters are not in ``student``, a
-            negative rate or decay.
-        TypeError: Pairs that are not from `pair_layers`, one string for the list of names.
-
-    >>> from lwkd import pair_layers
-    >>> net, teacher = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in "st")
-    >>> pairs = pair_layers(net, teacher, pairs=["0"])
-    >>> groups = param_groups_layerwise(net, pairs, lr=0.1, weight_decay=1e-4)
-    >>> [(g["name"], g["weight_decay"]) for g in groups]
-    [('0', 0.0001), ('0/no_decay', 0.0), ('rest', 0.0001), ('rest/no_decay', 0.0)]
-    """
-    op = "param_groups_layerwise"
-    if not isinstance(lr, Tensor) and not 0.0 <= lr < math.inf:
-        raise ValueError(checks.message(op, "lr", "a number >= 0", lr))
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(checks.message(op, "weight_decay", "a number >= 0", weight_decay))
-    if isinstance(no_weight_decay_list, str):
-        expected = "a collection of names"
-        raise TypeError(checks.message(op, "no_weight_decay_list", expected, "one str"))
-    owners, names = _owners(pairs, op), _names(pairs)
-    _check_student(student, owners, names, op)
-    found: dict[tuple[str | None, float], list[nn.Parameter]] = {}
-    for name, p in student.named_parameters():
-        if p.requires_grad:
-            name = names.get(id(p), name)
-            bare = p.ndim <= 1 or name.split(".")[-1] == "bias" or name in no_weight_decay_list
-            found.setdefault((owners.get(id(p)), 0.0 if bare else weight_decay), []).append(p)
-    order = [(x, y) for x in (*pairs.names, None) for y in dict.fromkeys((weight_decay, 0.0))]
-    groups: list[dict[str, Any]] = []
-    for layer, decay in order:
-        if (layer, decay) in found:
-            title = "rest" if layer is None else layer
-            title += "/no_decay" if decay != weight_decay else ""
-            while any(group["name"] == title for group in groups):
-                title += "_"
-            rate = lr.detach().clone() if isinstance(lr, Tensor) else lr
-            params = found[layer, decay]
-            groups.append(dict(params=params, lr=rate, weight_decay=decay, name=title))
-    return groups
 
 
 class LayerwiseLR(LRScheduler):
@@ -182,11 +117,11 @@ class LayerwiseLR(LRScheduler):
         self._bounds = bounds
         self._every = _whole("every", every, 1)
         self._warmup = _whole("warmup", warmup, 0)
-        self._layer_of_group = _match(optimizer, pairs)
+        self._layer_of_group = grouping.match(optimizer, pairs)
         _check_base(base, optimizer)
         self._base, self._base_epoch, self._group = base, _epoch(base), process_group
         self._layers = tuple(pairs.names)
-        self._keys = _keys(optimizer, self._layers, self._layer_of_group)
+        self._keys = grouping.keys(optimizer, self._layers, self._layer_of_group)
         self._titles = [group.get("name") for group in optimizer.param_groups]
         device = next(p for _, m in pairs.student_layers for p in m.parameters()).device
         self._multipliers = torch.ones(len(self._layers), device=device)  # the last good ones
@@ -490,7 +425,7 @@ class LayerwiseLR(LRScheduler):
         """
         op = "LayerwiseLR.load_state_dict"
         self._check_groups(op)
-        saved = _Saved(op, state_dict)
+        saved = SavedState(op, state_dict)
         saved.expect("version", VERSION)
         saved.expect("policy", self._policy_name)
         last_epoch, step_count = saved.count("last_epoch"), saved.count("step_count")
@@ -499,7 +434,7 @@ class LayerwiseLR(LRScheduler):
         if self._policy_name in policies.POLICIES:
             template = list(self._policy(torch.ones_like(self._multipliers), {})[1])
         shared = saved.tensors("shared", self._multipliers.device)
-        vectors = saved.layers(self._layers, self._multipliers, template)
+        vectors = saved.layers(self._layers, self._multipliers, template, policies.UNSEEN)
         unscaled = saved.groups(self._keys)
         self._load_base(op, saved)
         # From here on nothing fails.
@@ -522,7 +457,7 @@ class LayerwiseLR(LRScheduler):
         self._last_lr = _rates(self.optimizer)
         self._note_written()
 
-    def _load_base(self, op: str, saved: _Saved) -> None:
+    def _load_base(self, op: str, saved: SavedState) -> None:
         """Restore ``base`` if its saved state fits; put it back as it was if it refuses."""
         kind = type(self._base).__name__ if self._base is not None else None
         entry = saved.get("base", dict) if saved.get("base", object) is not None else {}
@@ -539,119 +474,6 @@ class LayerwiseLR(LRScheduler):
             self._base.load_state_dict(before)
             raise
         self._base_epoch = _epoch(self._base)
-
-
-class _Saved:
-    """A state_dict under examination: every reader returns a checked value or raises."""
-
-    def __init__(self, op: str, state: object) -> None:
-        self._op = op
-        if not isinstance(state, dict):
-            raise ValueError(checks.message(op, "state_dict", "a dict", type(state).__name__))
-        self._state = state
-
-    def fail(self, expected: object, got: object, layer: str | None = None) -> NoReturn:
-        raise ValueError(checks.message(self._op, "state_dict", expected, got, layer=layer))
-
-    def get(self, key: str, kind: type) -> Any:
-        if key not in self._state:
-            self.fail(f"the key {key!r}", f"the keys {list(self._state)}")
-        value = self._state[key]
-        if not isinstance(value, kind):
-            self.fail(f"{key!r} to be a {kind.__name__}", type(value).__name__)
-        return value
-
-    def expect(self, key: str, value: object) -> None:
-        got = self.get(key, type(value))
-        if got != value:
-            self.fail(f"{key} {value!r}", repr(got))
-
-    def count(self, key: str) -> int:
-        value: int = self.get(key, int)
-        if isinstance(value, bool) or value < 0:
-            self.fail(f"{key!r} to be a number >= 0", value)
-        return value
-
-    def same_names(self, what: str, got: list[str], expected: list[str]) -> None:
-        missing = [name for name in expected if name not in got]
-        unknown = [name for name in got if name not in expected]
-        if missing or unknown:
-            hint = checks.suggest(str(unknown[0]), expected) if unknown else ""
-            self.fail(f"{what} {expected}", f"missing {missing}, unknown {unknown}{hint}")
-
-    def tensors(self, key: str, device: torch.device) -> dict[str, Tensor]:
-        values = self.get(key, dict)
-        for name, value in values.items():
-            if not isinstance(value, Tensor):
-                self.fail(f"{key}[{name!r}] to be a tensor", type(value).__name__)
-        return {name: value.detach().to(device, copy=True) for name, value in values.items()}
-
-    def layers(
-        self, names: Sequence[str], like: Tensor, template: list[str] | None
-    ) -> dict[str, Tensor]:
-        """Stack each layer's values in the order of ``names``; template: of a named policy."""
-        saved = self.get("layers", dict)
-        self.same_names("layers", list(saved), list(names))
-        first = saved[names[0]] if isinstance(saved[names[0]], dict) else {}
-        own = [key for key in first if str(key).startswith("policy.")]
-        if own and template is not None:
-            own = [f"policy.{key}" for key in template]
-        for name in names:
-            row = saved[name]
-            if not isinstance(row, dict) or not all(isinstance(v, Tensor) for v in row.values()):
-                self.fail("a dict of tensors", type(row).__name__, name)
-            self.same_names(f"layer {name!r}:", list(row), [*_SCALARS, *own])
-            for key, value in row.items():
-                scalar = key in _SCALARS or template is not None
-                shape = () if scalar else tuple(first[key].shape)
-                if value.shape != shape:
-                    self.fail(f"{key!r} of shape {shape}", tuple(value.shape), name)
-                low = 0.0 if key in _SCALARS else policies.UNSEEN
-                if scalar and not low <= float(value) < math.inf:
-                    self.fail(f"{key!r} finite, at least {low}", float(value), name)
-        stacked = {k: torch.stack([saved[n][k] for n in names]).to(like.device) for k in first}
-        if template is not None:
-            self.same_names("shared", list(self.get("shared", dict)), [])
-            stacked.update({key: stacked[key].to(like.dtype) for key in own})
-        return stacked
-
-    def groups(self, keys: Sequence[str]) -> list[Rate]:
-        saved = self.get("groups", dict)
-        self.same_names("groups", list(saved), list(keys))
-        if list(saved) != list(keys):
-            self.fail(f"groups in the order {list(keys)}", list(saved))
-        for key, value in saved.items():
-            number = isinstance(value, (int, float)) or (
-                isinstance(value, Tensor) and value.numel() == 1
-            )
-            if not number or not 0.0 <= float(value) < math.inf:
-                self.fail(f"the rate of group {key!r} to be a number >= 0", value)
-        return list(saved.values())
-
-    def check_base(self, now: dict[str, Any], saved: object, path: str = "base") -> None:
-        """Compare the layout of a scheduler's state to that of the one in use."""
-        if not isinstance(saved, dict):
-            self.fail(f"{path} to be a dict", type(saved).__name__)
-        self.same_names(path, list(saved), list(now))
-        for key, value in now.items():
-            other, inner = saved[key], f"{path}[{key!r}]"
-            if isinstance(value, list):
-                if not isinstance(other, list) or len(other) != len(value):
-                    self.fail(f"{inner} to be a list of {len(value)}", other)
-                for i, (a, b) in enumerate(zip(value, other, strict=True)):
-                    if key == "_schedulers":
-                        self.check_base(a, b, f"{inner}[{i}]")
-                    elif _sort(a) != _sort(b):
-                        self.fail(f"{inner}[{i}] to be a {_sort(a)}", _sort(b))
-            elif None not in (value, other) and _sort(value) != _sort(other):
-                self.fail(f"{inner} to be a {_sort(value)}", _sort(other))
-
-
-def _sort(value: object) -> str:
-    """Name the kind of a value, numbers being of one kind."""
-    if isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
-        return "number"
-    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def _whole(argument: str, value: int, least: int) -> int:
@@ -704,85 +526,3 @@ def _check_base(base: LRScheduler | None, optimizer: Optimizer) -> None:
     if base.optimizer is not optimizer:
         got = f"a {type(base).__name__} of another"
         raise ValueError(checks.message(op, "base", "a scheduler of the same optimizer", got))
-
-
-def _names(pairs: LayerPairs) -> dict[int, str]:
-    """Name the student's parameters, by identity, as the plain network does."""
-    named = pairs.student.named_parameters()
-    return {id(p): name.replace("_orig_mod.", "") for name, p in named}
-
-
-def _owners(pairs: LayerPairs, op: str) -> dict[int, str]:
-    """Tell the layer of each paired parameter, by identity: the innermost paired module."""
-    if not isinstance(pairs, LayerPairs):
-        got = type(pairs).__name__
-        raise TypeError(checks.message(op, "pairs", "what pair_layers returned", got))
-    owners: dict[int, str] = {}
-    for name, module in sorted(pairs.student_layers, key=lambda item: -item[0].count(".")):
-        for p in module.parameters():
-            owners.setdefault(id(p), name)
-    bare = set(pairs.names) - set(owners.values())
-    for name in pairs.names:
-        if name in bare:
-            got = f"none; the nearest that has some is {_nearest(pairs, name)!r}"
-            expected = "a student module with parameters of its own"
-            raise ValueError(checks.message(op, "pairs", expected, got, layer=name))
-    return owners
-
-
-def _check_student(
-    student: nn.Module, owners: dict[int, str], names: dict[int, str], op: str
-) -> None:
-    there = {id(p) for p in student.parameters()}
-    for key, layer in owners.items():
-        if key not in there:
-            expected, got = "the network that the pairs were made for", f"none with {names[key]!r}"
-            raise ValueError(checks.message(op, "student", expected, got, layer=layer))
-
-
-def _nearest(pairs: LayerPairs, name: str) -> str | None:
-    """Return the module with parameters that is nearest in definition order, the earlier of two."""
-    modules = named_layers(pairs.student)
-    at = list(modules).index(name)
-    has = [any(True for _ in m.parameters(recurse=False)) for m in modules.values()]
-    near = [(abs(i - at), i) for i, own in enumerate(has) if own and i != at]
-    return list(modules)[min(near)[1]] if near else None
-
-
-def _match(optimizer: Optimizer, pairs: LayerPairs) -> list[int | None]:
-    """Return the index of each group's layer, None for the rest."""
-    op = "LayerwiseLR"
-    if not isinstance(optimizer, Optimizer):
-        got = type(optimizer).__name__
-        raise TypeError(checks.message(op, "optimizer", "a torch.optim.Optimizer", got))
-    owners, names = _owners(pairs, op), _names(pairs)
-    layers: list[int | None] = []
-    for i, group in enumerate(optimizer.param_groups):
-        title = repr(group.get("name", i))
-        if "lr_scale" in group:
-            got = f"{group['lr_scale']} in group {title}; other schedulers would apply it again"
-            raise ValueError(checks.message(op, "optimizer", "groups without 'lr_scale'", got))
-        inside = {owners.get(id(p)) for p in group["params"]}
-        if len(inside) > 1:
-            mixed = ", ".join(sorted("the rest" if x is None else repr(x) for x in inside))
-            expected = "one layer per group (see lwkd.param_groups_layerwise)"
-            raise ValueError(checks.message(op, "optimizer", expected, f"{mixed} in group {title}"))
-        layer = next(iter(inside), None)
-        layers.append(None if layer is None else pairs.names.index(layer))
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for p in pairs.student.parameters():
-        if p.requires_grad and id(p) in owners and id(p) not in held:
-            got = f"groups without {names[id(p)]!r}"
-            expected = "groups that hold every trainable parameter of the pairs"
-            raise ValueError(checks.message(op, "optimizer", expected, got, layer=owners[id(p)]))
-    return layers
-
-
-def _keys(optimizer: Optimizer, names: Sequence[str], layers: Sequence[int | None]) -> list[str]:
-    """Name every group, uniquely: its own name, else its layer and a number."""
-    keys: list[str] = []
-    for group, layer in zip(optimizer.param_groups, layers, strict=True):
-        key = str(group.get("name") or ("rest" if layer is None else names[layer]))
-        alike = (f"{key}#{n}" if n else key for n in range(len(keys) + 1))
-        keys.append(next(name for name in alike if name not in keys))
-    return keys

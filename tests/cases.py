@@ -180,7 +180,7 @@ def _widths(sizes: tuple[int, ...]) -> tuple[Shape, ...]:
     return tuple((2, c, q) for c, q in zip(sizes, reversed(sizes), strict=True))
 
 
-EDGES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+EDGES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33)  # around the widths of vectors
 CASES = [
     Case("plain", ((3, 5, 4, 6), (3, 2, 3, 3)), ((3, 7, 4, 6), (3, 2, 3, 3))),
     Case("pooled", ((2, 4, 3, 5), (2, 3, 7, 7)), ((2, 6, 7, 8), (2, 3, 2, 3))),
@@ -202,7 +202,8 @@ CASES = [
          [1, 1], mask="few"),
     Case("rows masked out", ((3, 5, 3, 3),), ((3, 2, 3, 3),), mask="rows"),
     Case("ones", ((1, 1, 1, 1), (1, 3, 1, 1)), ((1, 1, 1, 1), (1, 2, 2, 1))),
-    Case("widths", _widths(EDGES), _widths(EDGES[::-1]), 1),
+    Case("narrow widths", _widths(EDGES[:5]), _widths(EDGES[4::-1]), 1),
+    Case("wide widths", _widths(EDGES[5:]), _widths(EDGES[:4:-1]), 1),
     Case("after ReLU", ((3, 4, 4, 4), (3, 3, 5)), ((3, 2, 4, 4), (3, 3, 5)),
          [1, 1], fill="relu"),
     Case("near", ((3, 4, 5, 5), (3, 3, 7)), ((3, 4, 5, 5), (3, 3, 7)), [1, 1], fill="near"),
@@ -297,21 +298,21 @@ class Option(NamedTuple):
 
 @functools.cache
 def options(turn: int) -> tuple[Option, ...]:
-    """Four of the eight (p, divergence); two turns see all, three every side too."""
+    """Two of the eight (p, divergence), one each; four turns see all, 24 all else too."""
     out = []
-    for i, p in enumerate(POWERS):
-        divergence = ("l2", "js")[(turn + i) % 2]
-        beta = (0.5, 0.3, 0.9)[(turn + i) % 3]
-        reduction = ("mean", "none")[(turn // 2 + i) % 2]
-        out.append(Option(p, divergence, beta, reduction, SIDES[(turn // 2 + i) % 3]))
+    for i, divergence in enumerate(("l2", "js")):
+        p = POWERS[(turn + i) % 4]
+        beta = (0.5, 0.3, 0.9)[turn % 3]
+        reduction = ("mean", "none")[(turn // 12 + i) % 2]
+        out.append(Option(p, divergence, beta, reduction, SIDES[(turn + i) % 3]))
     return tuple(out)
 
 
 def samples(dtype: str, layout: str) -> Iterator[tuple[Case, Option]]:
     """What the battery runs for one dtype and layout."""
-    turn = list(DTYPES).index(dtype) + list(LAYOUTS).index(layout) % 3
+    turn = 2 * list(DTYPES).index(dtype) + list(LAYOUTS).index(layout) % 3
     for i, case in enumerate(CASES):
-        for option in options((turn + i) % 12):
+        for option in options((turn + i) % 24):
             yield case, option
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lwkd
 from lwkd.layers import LayerPair, LayerPairs, named_layers, pair_layers, plain_name
 
 # --- networks ----------------------------------------------------------------------------------
@@ -147,13 +148,19 @@ def test_auto_pairs_the_four_layers_of_resnets(student, teacher):
     assert chosen(ResNet(**student), ResNet(**teacher)) == STAGES
 
 
-def test_auto_on_a_plain_cnn_takes_the_activation_before_each_change():
-    assert chosen(plain(4), plain(8, per_stage=2)) == [("1", "3"), ("4", "8"), ("7", "13")]
+def test_auto_on_a_plain_cnn_takes_the_last_weights_before_each_change():
+    assert chosen(plain(4), plain(8, per_stage=2)) == [("0", "2"), ("3", "7"), ("6", "12")]
+
+
+def test_what_auto_pairs_can_be_given_rates():
+    pairs = pair_layers(plain(4), plain(8), example_inputs=IMAGE)
+    groups = lwkd.param_groups_layerwise(pairs.student, pairs, lr=0.1)
+    lwkd.LayerwiseLR(torch.optim.SGD(groups, lr=0.1), pairs)
 
 
 def test_auto_finds_a_change_of_channels_alone():
     nets = [nn.Sequential(*conv(3, c), *conv(c, c), *conv(c, 2 * c)) for c in (4, 6)]
-    assert chosen(*nets) == [("3", "3"), ("5", "5")]
+    assert chosen(*nets) == [("2", "2"), ("4", "4")]
 
 
 def test_auto_looks_into_a_backbone():
@@ -168,7 +175,7 @@ def test_auto_looks_into_a_backbone():
             return self.head(self.backbone.features(x))
 
     assert chosen(Net(ResNet()), Net(plain(stages=4))) == [
-        (f"backbone.features.layer{i}", f"backbone.features.{3 * i - 2}") for i in (1, 2, 3, 4)
+        (f"backbone.features.layer{i}", f"backbone.features.{3 * i - 3}") for i in (1, 2, 3, 4)
     ]
 
 
@@ -230,7 +237,7 @@ def test_auto_does_not_take_a_minority_of_equal_blocks_for_the_network():
         blocks = Block(w, w, 1), Block(w, w, 1)
         return nn.Sequential(*conv(3, w), *blocks, *conv(w, 8 * w, 2), *conv(8 * w, 8 * w))
 
-    assert chosen(net(2), net(3)) == [("3", "3"), ("7", "7")]
+    assert chosen(net(2), net(3)) == [("3", "3"), ("6", "6")]
 
 
 def test_auto_takes_the_outermost_of_nested_blocks():
@@ -261,12 +268,12 @@ def test_auto_skips_modules_that_run_several_times_and_dropout():
 
 def test_auto_matches_unequal_counts_in_order_by_relative_depth():
     # Depths: thirds against sixths would be 1/3, 2/3, 1.
-    assert chosen(plain(stages=3), plain(stages=6)) == [("1", "4"), ("4", "10"), ("7", "16")]
-    assert chosen(plain(stages=6), plain(stages=3)) == [("4", "1"), ("10", "4"), ("16", "7")]
+    assert chosen(plain(stages=3), plain(stages=6)) == [("0", "3"), ("3", "9"), ("6", "15")]
+    assert chosen(plain(stages=6), plain(stages=3)) == [("3", "0"), ("9", "3"), ("15", "6")]
     # A tie in depth (1/2 against 1/3 and 2/3) goes to the nearer resolution.
-    assert chosen(plain(stages=2), plain(stages=3)) == [("1", "1"), ("4", "7")]
+    assert chosen(plain(stages=2), plain(stages=3)) == [("0", "0"), ("3", "6")]
     smaller = nn.Sequential(nn.MaxPool2d(2), *plain(stages=2))
-    assert chosen(smaller, plain(stages=3)) == [("2", "4"), ("5", "7")]
+    assert chosen(smaller, plain(stages=3)) == [("1", "3"), ("4", "6")]
 
 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
@@ -296,7 +303,7 @@ def test_auto_on_one_dimensional_signals():
         )  # fmt: skip
 
     pairs = pair_layers(net(4), net(6), example_inputs=torch.ones(3, 2, 16))
-    assert [(p.student, p.teacher) for p in pairs] == [("1", "1"), ("4", "4")]
+    assert [(p.student, p.teacher) for p in pairs] == [("0", "0"), ("3", "3")]
     assert all("pass channel_dim" in p.note for p in pairs)
 
 
@@ -310,7 +317,7 @@ def test_auto_takes_tuples_and_dicts_of_inputs():
             return self.net(image * scale)
 
     for inputs in ((2.0, IMAGE), {"image": IMAGE, "scale": torch.tensor(2.0)}):
-        assert chosen(Two(), Two(), inputs) == [(f"net.{i}",) * 2 for i in (1, 4, 7)]
+        assert chosen(Two(), Two(), inputs) == [(f"net.{i}",) * 2 for i in (0, 3, 6)]
     with pytest.raises(TypeError, match=r"inputs: expected a tensor, .*, got <class 'int'>"):
         pair_layers(Two(), Two(), ["net"], example_inputs=3)
 
@@ -471,7 +478,7 @@ def test_outputs_without_a_tensor():
     nets = [nn.Sequential(*conv(3, 4), Dictionary()) for _ in range(2)]
     with pytest.raises(TypeError, match=r"'2'\): expected a module that returns a tensor.*dict"):
         pair_layers(*nets, ["2"], example_inputs=IMAGE)
-    assert chosen(*nets) == [("1", "1")]
+    assert chosen(*nets) == [("0", "0")]
 
 
 # --- wrappers ----------------------------------------------------------------------------------

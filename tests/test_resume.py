@@ -127,14 +127,15 @@ def test_a_state_is_a_copy_keyed_by_name():
 def test_writing_into_a_state_writes_into_nothing_else():
     run = build(torch.tensor(0.1), momentum_sgd, BASES["StepLR"])
     advance(*run, range(2))
-    state, before = run[2].state_dict(), flat(run[2].state_dict())
-    run[2].load_state_dict(state)
-    for rate in (*state["groups"].values(), *state["base"]["state"]["base_lrs"]):
-        rate.fill_(99.0)
-    for row in state["layers"].values():
-        for value in row.values():
+    loaded = run[2].state_dict()
+    run[2].load_state_dict(loaded)
+    taken, before = run[2].state_dict(), flat(run[2].state_dict())
+    for state in (loaded, taken):
+        base_lrs = state["base"]["state"]["base_lrs"]
+        rows = [value for row in state["layers"].values() for value in row.values()]
+        for value in (*state["groups"].values(), *base_lrs, *rows):
             value.fill_(99)
-    state["base"]["state"]["base_lrs"].clear()
+        base_lrs.clear()
     assert flat(run[2].state_dict()) == before
 
 
@@ -269,8 +270,6 @@ def test_an_optimizer_restored_alone_is_noticed():
 
 
 def other_names():
-    student = Net()
-    student.block3 = student.block2
     pairs = pair_layers(Net(), Net(8), pairs=["block1", "stem"])
     optimizer = momentum_sgd(param_groups_layerwise(pairs.student, pairs, lr=0.1))
     return LayerwiseLR(optimizer, pairs, policy="power", base=BASES["SequentialLR"](optimizer))

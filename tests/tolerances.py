@@ -160,43 +160,41 @@ def judge(
     where = [options.get(name) for name in names]
     u = U[compute_dtype(student, teacher)]
     leaves = [[x.detach().double().requires_grad_() for x in xs] for xs in (student, teacher)]
-    values, bounds, flow, flow_bound = [], [], [], []
-    for layer, (s, t, space, keep) in enumerate(oracle.operands(*leaves, *where)):
-        maps = [oracle.map_of(x, p, space, keep) for x in (s, t)]
-        d = oracle.distance(*maps, keep, "js" if js else "l2", beta)
-        flow.append((weight[layer].double() * d).sum())
-        values.append(d.detach())
-        depth = max(map_depth(s, space, p), map_depth(t, space, p))
-        e = 2 * gamma(depth, u) + (gamma(maps[0].shape[1], u) if js else 0) + NORMALISE * u
-        with torch.no_grad():
-            ms, mt = (m.detach() for m in maps)
-            bound = _value_js(ms, mt, keep, beta, e, u) if js else _value_l2(ms, mt, e, u)
-            bounds.append(bound)
-            w = weight[layer].double().abs()[:, None]
+    layers = oracle.operands(*leaves, *where)
+    maps = [[oracle.map_of(x, p, space, keep) for x in pair] for *pair, space, keep in layers]
+    name = "js" if js else "l2"
+    d = [oracle.distance(*m, row[3], name, beta) for m, row in zip(maps, layers, strict=True)]
+    c = torch.autograd.grad(sum(x.sum() for x in d), [m for pair in maps for m in pair],
+                            retain_graph=True)  # fmt: skip
+    bounds, looseness = [], []
+    later = gamma(power_depth(p) + FORMULA + OVERLAP, u)
+    with torch.no_grad():
+        for i, (s, t, space, keep) in enumerate(layers):
+            ms, mt = maps[i]
+            depth = max(map_depth(s, space, p), map_depth(t, space, p))
+            e = 2 * gamma(depth, u) + (gamma(ms.shape[1], u) if js else 0) + NORMALISE * u
             if js:
-                slopes = _slope_js(ms, mt, keep, beta, e, u), _slope_js(
-                    mt, ms, keep, 1 - beta, e, u
-                )
+                bounds.append(_value_js(ms, mt, keep, beta, e, u))
+                slopes = [_slope_js(ms, mt, keep, beta, e, u)]
+                slopes += [_slope_js(mt, ms, keep, 1 - beta, e, u)]
             else:
-                slopes = _slope_l2(ms, mt, e, u), _slope_l2(mt, ms, e, u)
-        # |dD/dm| once more: its own roundings on the way to the activation, pooling undone.
-        c = torch.autograd.grad(d.sum(), maps, retain_graph=True)
-        later = gamma(power_depth(p) + FORMULA + OVERLAP, u)
-        flow_bound += [
-            ((w * (b + later * g.abs())).detach() * m).sum()
-            for b, g, m in zip(slopes, c, maps, strict=True)
-        ]
+                bounds.append(_value_l2(ms, mt, e, u))
+                slopes = [_slope_l2(ms, mt, e, u), _slope_l2(mt, ms, e, u)]
+            # |dD/dm| once more: its roundings on the way to the activation, pooling undone.
+            w = weight[i].double().abs()[:, None]
+            pairs = zip(slopes, c[2 * i : 2 * i + 2], strict=True)
+            looseness += [w * (b + later * g.abs()) for b, g in pairs]
     flat = leaves[0] + leaves[1]
-    exact = torch.autograd.grad(sum(flow), flat, retain_graph=True)
-    loose = torch.autograd.grad(sum(flow_bound), flat)
-    given = [*student, *teacher]
+    value = torch.stack(d)
+    exact = torch.autograd.grad((weight.double() * value).sum(), flat, retain_graph=True)
+    flow = sum((b * m).sum() for b, m in zip(looseness, (m for x in maps for m in x), strict=True))
     loose = [
         b.abs() + 2 * U[x.dtype] * g.abs() + spacing(x.dtype) * (g != 0)
-        for b, g, x in zip(loose, exact, given, strict=True)
+        for b, g, x in zip(torch.autograd.grad(flow, flat), exact, [*student, *teacher], strict=True)
     ]
     n = len(student)
     return Verdict(
-        torch.stack(values),
+        value.detach(),
         torch.stack(bounds) + spacing(compute_dtype(student, teacher)),
         [list(exact[:n]), list(exact[n:])],
         [loose[:n], loose[n:]],

@@ -104,7 +104,7 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
       if (d != channel_dims[i]) size.push_back(xs[i].size(d));
     const bool wide = xs[i].scalar_type() == ScalarType::Double;
     out.push_back(make(xs[i], size, wide));
-    views[wide].push_back(view_of(read_operand(xs[i], layout)));
+    views[wide].push_back(view_of(read_operand(xs[i], layout, "xs", i)));
     maps[wide].push_back(out.back().mutable_data_ptr());
   }
   Launcher gpu(xs[0]);
@@ -133,9 +133,9 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
   for (size_t i = 0; i < xs.size(); ++i) {
     const int64_t l = layers[i], side = sides[i];
     out.push_back(torch::stable::empty_like(xs[i]));
-    const Operand dx = read_operand(out[i], &layout[4 * i]);
+    const Operand dx = read_operand(out[i], &layout[4 * i], "gradient", i);
     GradientViews& job = jobs[i];
-    job.x = view_of(read_operand(xs[i], &layout[4 * i]));
+    job.x = view_of(read_operand(xs[i], &layout[4 * i], "xs", i));
     job.dx = view_of(dx);
     job.prefix = prefix_of(dx);
     std::copy_n(&space[3 * l], 3, job.space);

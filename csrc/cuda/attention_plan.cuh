@@ -240,22 +240,34 @@ void with_power(double p, const Run& run) {
     run(Any{p});
 }
 
-// Splits `items` into tables and calls run(table, first item, items of the table).
-template <typename Item, typename Run>
-void with_tables(const std::vector<Item>& items, size_t most, const Run& run) {
+template <typename Run>
+void with_divergence(bool js, const Run& run) {
+  if (js)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
+}
+
+// Splits `items` into tables and calls run(table, first item) for each. The short table serves what
+// people train with, calls that compute in float.
+template <typename A, typename Item, typename Run>
+void with_tables(const std::vector<Item>& items, const Run& run) {
   const auto fill = [&]<int K>(std::integral_constant<int, K>, size_t from, size_t count) {
     static_assert(sizeof(Table<Item, K>) <= kTableBytes, "a kernel parameter ends at 32,764 bytes");
     Table<Item, K> table;
     table.count = static_cast<int32_t>(count);
     std::copy_n(items.begin() + from, count, table.item);
-    run(table, from, count);
+    run(table, from);
   };
-  for (size_t from = 0; from < items.size(); from += most) {
-    const size_t count = std::min(most, items.size() - from);
-    if (count <= kFewItems)
-      fill(std::integral_constant<int, kFewItems>{}, from, count);
-    else
-      fill(std::integral_constant<int, kManyItems>{}, from, count);
+  for (size_t from = 0; from < items.size(); from += kManyItems) {
+    const size_t count = std::min<size_t>(kManyItems, items.size() - from);
+    if constexpr (sizeof(A) == 4) {
+      if (count <= kFewItems) {
+        fill(std::integral_constant<int, kFewItems>{}, from, count);
+        continue;
+      }
+    }
+    fill(std::integral_constant<int, kManyItems>{}, from, count);
   }
 }
 
@@ -296,7 +308,7 @@ struct Scratch {
 template <typename A, typename Launcher>
 void launch_maps(Launcher& gpu, const std::vector<MapItem>& items, const int64_t* blocks,
                  double p, int32_t* done, int layers) {
-  with_tables(items, kManyItems, [&](auto& table, size_t from, size_t) {
+  with_tables<A>(items, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, blocks + from);
     with_power(p, [&](auto power) {
       gpu.launch(maps_kernel<A, decltype(power), sizeof(table.item) / sizeof(MapItem)>,
@@ -365,10 +377,12 @@ void forward(Launcher& gpu, const std::vector<LayerViews>& layers, A* maps, A* o
   }
   launch_maps<A>(gpu, items, blocks.data(), options.p,
                  options.mean ? scratch.at<int32_t>(done) : nullptr, static_cast<int>(length));
-  with_tables(distances, kManyItems, [&](auto& table, size_t from, size_t) {
+  with_tables<A>(distances, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, distance_blocks.data() + from);
-    gpu.launch(distance_kernel<A, sizeof(table.item) / sizeof(DistanceItem)>, count, threads,
-               teams_shared(threads), table, samples, static_cast<int>(options.js), options.beta);
+    with_divergence(options.js, [&](auto js) {
+      gpu.launch(distance_kernel<A, js.value, sizeof(table.item) / sizeof(DistanceItem)>, count,
+                 threads, teams_shared(threads), table, samples, options.beta);
+    });
   });
 }
 
@@ -471,12 +485,14 @@ void backward(Launcher& gpu, const std::vector<GradientViews>& jobs, const Optio
     if (cleared > 0) spreads.push_back(item), spread_blocks.push_back(cleared);
   }
   const double factor = options.mean ? options.p / double(samples) : options.p;
-  with_tables(slopes, kManyItems, [&](auto& table, size_t from, size_t) {
+  with_tables<A>(slopes, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, slope_blocks.data() + from);
-    gpu.launch(slope_kernel<A, sizeof(table.item) / sizeof(SlopeItem)>, count, threads,
-               teams_shared(threads), table, samples, static_cast<int>(options.js), factor);
+    with_divergence(options.js, [&](auto js) {
+      gpu.launch(slope_kernel<A, js.value, sizeof(table.item) / sizeof(SlopeItem)>, count, threads,
+                 teams_shared(threads), table, samples, factor);
+    });
   });
-  with_tables(spreads, kManyItems, [&](auto& table, size_t from, size_t) {
+  with_tables<A>(spreads, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, spread_blocks.data() + from);
     with_power(options.p, [&](auto power) {
       gpu.launch(spread_kernel<A, decltype(power), sizeof(table.item) / sizeof(SpreadItem)>, count,

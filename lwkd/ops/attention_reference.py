@@ -70,8 +70,10 @@ def power_map(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
 
 
 def _pool(m: Tensor, space: Sequence[int]) -> Tensor:
-    if list(m.shape[1:]) == list(space) or 0 in m.shape:
+    if list(m.shape[1:]) == list(space):
         return m
+    if 0 in m.shape or 0 in space:
+        return m.new_zeros(m.shape[0], *space)
     pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(space) - 1]
     return pool(m.unsqueeze(1), tuple(space)).squeeze(1)  # type: ignore[arg-type]
 
@@ -92,9 +94,9 @@ def _unpool(g: Tensor, raw: Sequence[int]) -> Tensor:
 
 def _shares(m: Tensor, keep: Tensor) -> Tensor:
     """P = m/Σm over dimension 1; an all-zero map is uniform over the positions kept."""
-    total = m.sum(1, keepdim=True)
+    total = m.double().sum(1, keepdim=True)  # a sum of float32 maps overflows float32
     uniform = keep / keep.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(total == 0, uniform.to(m.dtype), m / total)
+    return torch.where(total == 0, uniform, m / total).to(m.dtype)
 
 
 def _f(u: Tensor) -> Tensor:
@@ -113,9 +115,9 @@ def _js(ps: Tensor, pt: Tensor, beta: float) -> Tensor:
 
 
 def _unit(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Return m/max(‖m‖, eps) and ‖m‖; the squares are summed in float64 lest they overflow."""
-    norm = m.double().square().sum(1, keepdim=True).sqrt().to(m.dtype)
-    return m / norm.clamp_min(EPS), norm
+    """Return m/max(‖m‖, eps) and ‖m‖, which is float64: it overflows float32."""
+    norm = m.double().square().sum(1, keepdim=True).sqrt()
+    return (m / norm.clamp_min(EPS)).to(m.dtype), norm
 
 
 def _keep(mask: Sequence[Tensor], layer: int, m: Tensor) -> Tensor:
@@ -189,7 +191,8 @@ def backward(
         coefficient = _unpool(coefficient.view(n, *cells), raw).unsqueeze(1)
         wide = view.to(maps.dtype)
         dx = coefficient * p * wide.abs().pow(p - 1) * wide.sign()
-        dx = torch.where(wide == 0, torch.zeros_like(dx), dx)
+        # Nothing flows to a zero, nor from where nothing counts: a masked-out NaN stays there.
+        dx = torch.where((wide == 0) | (coefficient == 0), torch.zeros_like(dx), dx)
         out = torch.empty_like(x).zero_()
         canonical(out, how).copy_(dx)
         grads.append(out)
@@ -203,18 +206,19 @@ def _map_gradient(
     if divergence == DIVERGENCES["l2"]:
         q, norm = _unit(m)
         g = 2 * (q - _unit(other)[0])
-        radial = torch.where(norm > EPS, (q * g).sum(1, keepdim=True), torch.zeros_like(norm))
+        radial = (q * g).sum(1, keepdim=True)
+        radial = torch.where(norm > EPS, radial, torch.zeros_like(radial))
         d = (g - q * radial) / norm.clamp_min(EPS)
     else:
         own = beta if side == 0 else 1 - beta
-        total = m.sum(1, keepdim=True)
+        total = m.double().sum(1, keepdim=True)
         ps, pt = _shares(m, keep), _shares(other, keep)
         # log(P/M) = −log1p((1−own)(P_other − P)/P), exact where the two are nearly equal
         g = -own * torch.log1p((1 - own) * (pt - ps) / ps)
         g = torch.where(ps == 0, torch.zeros_like(g), g)
         d = (g - (ps * g).sum(1, keepdim=True)) / total
         d = torch.where(total == 0, torch.zeros_like(d), d)
-    return torch.where(keep, d, torch.zeros_like(d))
+    return torch.where(keep, d, torch.zeros_like(d)).to(m.dtype)
 
 
 def maps(xs: Sequence[Tensor], channel_dims: list[int], p: float) -> list[Tensor]:

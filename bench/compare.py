@@ -1,0 +1,186 @@
+"""Turn the recorded rows, bench/results/*.jsonl, into the README's tables.
+
+python -m bench.compare            write the tables between the README's markers
+python -m bench.compare --check    exit with 1 where the README does not show the recorded rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CPU_CASES, GPU_CASES, STEP_CASE, Case, StepCase
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BENCH = Path(__file__).parent
+OURS, FLOOR = "lwkd", "floor"
+RIVALS = ("compile", "eager", "at_loss", "torchdistill")
+NAMES = {"compile": "torch.compile", "at_loss": "at_loss", "eager": "eager"}
+UNMEASURED, ABSENT = "unmeasured", "–"
+
+Row = dict[str, Any]
+Machine = tuple[str, str, str]  # device, model, malloc
+Measured = dict[tuple[str, str, str], Row]  # by case, mode, rival
+
+
+def read(folder: Path) -> dict[Machine, Measured]:
+    """The newest row of every case, mode and rival, machine by machine."""
+    rows: list[Row] = []
+    for file in sorted(folder.glob("*.jsonl")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows += [json.loads(line) for line in lines if line.strip()]
+    machines: dict[Machine, Measured] = {}
+    for row in sorted(rows, key=lambda r: r["date"]):  # stable: of one day the last line counts
+        machine = (row["device"], row["model"], row["malloc"])
+        machines.setdefault(machine, {})[row["case"], row["mode"], row["rival"]] = row
+    return machines
+
+
+def best_rival(measured: Measured, case: str, mode: str) -> Row | None:
+    """The fastest of the rivals in the same run, if there were any."""
+    rows = [measured.get((case, mode, rival)) for rival in RIVALS]
+    return min((r for r in rows if r), key=lambda r: r["to_ours"], default=None)
+
+
+def _wins(measured: Measured, cases: Iterable[Case]) -> dict[str, float]:
+    """How many times longer than ours the best rival takes, row by row."""
+    wins = {}
+    for case in cases:
+        for mode in case.modes:
+            best = best_rival(measured, case.name, mode)
+            if best is not None:
+                wins[f"{case.title} {mode}"] = best["to_ours"]
+    return wins
+
+
+def _summary(wins: dict[str, float]) -> str:
+    if not wins:
+        return ""
+    mean = exp(sum(log(w) for w in wins.values()) / len(wins))
+    worst, best = min(wins, key=wins.__getitem__), max(wins, key=wins.__getitem__)
+    return (
+        f"Against the best rival of each row: {mean:.2f} × as fast in the geometric mean over "
+        f"{len(wins)} rows, from {wins[worst]:.2f} × ({worst}) to {wins[best]:.2f} × ({best})."
+    )
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
+    return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _line(measured: Measured, case: Case, mode: str) -> list[str]:
+    ours = measured.get((case.name, mode, OURS))
+    if ours is None:
+        return [case.title, mode, UNMEASURED, *[ABSENT] * (4 + len(RIVALS))]
+    best = best_rival(measured, case.name, mode)
+    first = ABSENT if best is None else f"**{best['to_ours']:.2f} ×** {_name(best['rival'])}"
+    floors = [measured.get((case.name, mode, rival)) for rival in (OURS, *RIVALS)]
+    cells = [f"{r['to_floor']:.2f}" if r else ABSENT for r in floors]
+    rates = [f"{ours['gbps']:.1f}", f"{ours['samples_per_s']:,.0f}"]
+    return [case.title, mode, first, _time(ours["seconds"]), *cells, *rates]
+
+
+def _name(rival: str) -> str:
+    return NAMES.get(rival, rival)
+
+
+def _step_line(measured: Measured, case: StepCase, mode: str) -> list[str]:
+    ours = measured.get((case.name, mode, OURS))
+    if ours is None:
+        return [case.title, mode, UNMEASURED, *[ABSENT] * 4]
+    cost, memory = ours["to_floor"] - 1, ours.get("extra_memory")
+    syncs = ours.get("host_synchronisations")
+    return [
+        case.title, mode, f"**{cost:+.1%}**", ABSENT if memory is None else f"{memory:+.1%}",
+        ABSENT if syncs is None else str(syncs), _time(ours["seconds"]),
+        f"{ours['samples_per_s']:,.0f}",
+    ]  # fmt: skip
+
+
+def _heading(machine: Machine, measured: Measured) -> str:
+    device, model, malloc = machine
+    newest = max(measured.values(), key=lambda r: r["date"])
+    parts = [model, f"torch {newest['torch']}", f"Python {newest['python']}"]
+    parts += [f"{malloc} malloc"] if malloc else []
+    parts += [f"lwkd {newest['served_by']}", newest["date"], f"commit {newest['commit']}"]
+    copies = [r["copy_gbps"] for r in measured.values() if r.get("copy_gbps")]
+    if copies:
+        parts.append(f"copy {min(copies):,.0f} to {max(copies):,.0f} GB/s")
+    return f"**{'GPU' if device == 'cuda' else 'CPU'}: {', '.join(parts)}**"
+
+
+def _section(title: str, measured: Measured, cases: Sequence[Case]) -> list[str]:
+    summary = _summary(_wins(measured, cases))
+    head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
+    head += [f"{_name(rival)} / floor" for rival in RIVALS] + ["GB/s", "samples/s"]
+    lines = [_line(measured, case, mode) for case in cases for mode in case.modes]
+    return [title, "", *([summary, ""] if summary else []), *_table(head, lines), ""]
+
+
+def render(machines: dict[Machine, Measured]) -> str:
+    """All tables, as Markdown."""
+    out = [
+        "Pass f is the forward without gradients, f+b the forward with the gradient of every "
+        "student layer. A time over the floor's: the floor reads every input once (f) and reads "
+        "the student's again and writes as much (f+b). Medians of ratios within a round.",
+        "",
+    ]
+    for device, label, cases in (("cpu", "CPU", CPU_CASES), ("cuda", "GPU", GPU_CASES)):
+        here = {m: rows for m, rows in sorted(machines.items()) if m[0] == device}
+        for machine, measured in here.items():
+            out += _section(_heading(machine, measured), measured, cases)
+        if not here:
+            out += _section(f"**{label}: {UNMEASURED}**", {}, cases)
+        if device == "cuda":
+            head = ["Case", "Pass", "time against a uniform rate", "memory", "host syncs", "lwkd"]
+            for measured in here.values() or [{}]:
+                lines = [_step_line(measured, STEP_CASE, mode) for mode in STEP_CASE.modes]
+                out += [*_table([*head, "samples/s"], lines), ""]
+    return "\n".join(out).rstrip()
+
+
+def splice(text: str, tables: str) -> str:
+    """Put the tables between the markers; raises ValueError where there are none."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"one {BEGIN} and, after it, one {END} are needed")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    parser.add_argument("--results", type=Path, default=BENCH / "results")
+    parser.add_argument("--readme", type=Path, default=BENCH.parent / "README.md")
+    options = parser.parse_args(arguments)
+    machines = read(options.results)
+    for machine, measured in sorted(machines.items()):
+        cases = CPU_CASES if machine[0] == "cpu" else GPU_CASES
+        print(_heading(machine, measured).strip("*"))
+        print(_summary(_wins(measured, cases)) or "no rivals were measured")
+    old = options.readme.read_text(encoding="utf-8")
+    try:
+        new = splice(old, render(machines))
+    except ValueError as error:
+        print(f"{options.readme}: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        if new != old:
+            print(f"{options.readme} is out of date: python -m bench.compare", file=sys.stderr)
+        return int(new != old)
+    options.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``lwkd.kernels``; imported at their first use and not before."""

@@ -1,0 +1,333 @@
+"""What every Triton kernel of lwkd shares: the table of operands, launches, tiles, powers.
+
+A call covers all its layers in a few launches. What a program works on stands in one table of
+int64 words on the device: addresses, sizes, strides. Kernel arguments carry it there, 64 or 256
+words a launch of ``write_table``: a copy from the host would either wait for the device or read
+memory that a captured graph no longer owns, and operands passed as kernel arguments would compile
+once more for every other list of layers. Addresses are read from the table, so whoever adds a row
+keeps its tensors alive until ``Plan.run`` has returned; after that the stream's order protects them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+"""Whether Triton's interpreter was on when the kernels of this package were decorated."""
+
+_INTERPRET = tl.constexpr(INTERPRET)
+DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+# How a tensor lies in memory: positions of a sample side by side, channels side by side, neither.
+PLANE, ROWS, ANY = 0, 1, 2
+_PLANE, _ROWS = tl.constexpr(PLANE), tl.constexpr(ROWS)
+
+# --- the table ------------------------------------------------------------------------------------
+
+# Triton types an int argument by its value: with this offset every word is an i64, and one
+# compiled writer serves all tables. Words lie in [0, 2^60): addresses, sizes, strides.
+BIAS = 1 << 60
+_BIAS = tl.constexpr(BIAS)
+FEW, MANY = 64, 256  # words of one launch; a launch takes at most 4 KB of arguments
+ITEMS = (16, 128, 1024)  # rows that one launch can search
+
+
+@triton.jit(do_not_specialize=["start", "words"])
+def write_table(table, start: tl.int64, words, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(table + start + i, words[i] - _BIAS)
+
+
+@triton.jit
+def locate(table, base, items, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
+    """The row that this program belongs to, and its number within the row."""
+    program = tl.program_id(0).to(tl.int64)
+    ids = tl.arange(0, ITEMS)
+    first = tl.load(table + base + ids * WIDTH, mask=ids < items, other=2**62)
+    row = table + base + (tl.sum((first <= program).to(tl.int64)) - 1) * WIDTH
+    return row, program - tl.load(row)
+
+
+class Plan:
+    """The launches of one call, in the order in which their first row was added.
+
+    Rows of equal kernel and constants share a launch: (first program, *row).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if INTERPRET and device.type != "cpu":
+            raise RuntimeError(
+                f"lwkd.kernels: tensors: expected on cpu under Triton's interpreter, got {device}"
+            )
+        self.device = device
+        self.words: list[int] = []
+        self._known: dict[tuple[int, ...], int] = {}
+        self._launches: dict[Any, list[tuple[int, tuple[int, ...]]]] = {}
+
+    def share(self, words: tuple[int, ...]) -> int:
+        """The place of ``words`` in the table; equal ones stand there once."""
+        if words not in self._known:
+            self._known[words] = len(self.words)
+            self.words += words
+        return self._known[words]
+
+    def add(self, kernel: Any, programs: int, row: tuple[int, ...], **constants: Any) -> None:
+        """Let ``programs`` programs of ``kernel`` work on ``row``."""
+        if programs:
+            key = (kernel, tuple(constants.items()))
+            self._launches.setdefault(key, []).append((programs, row))
+
+    def run(self) -> None:
+        """Write the table, then launch everything on the current stream of the device."""
+        launches = []
+        for (kernel, constants), rows in self._launches.items():
+            for start in range(0, len(rows), ITEMS[-1]):
+                part = rows[start : start + ITEMS[-1]]
+                base, first = len(self.words), 0
+                for programs, row in part:
+                    self.words += (first, *row)
+                    first += programs
+                launches.append((kernel, first, base, len(part), len(part[0][1]) + 1, constants))
+        if not launches:
+            return
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            table = self._upload()
+            for kernel, programs, base, items, width, constants in launches:
+                # Without fusion a product rounds the same in every expression: equal maps are
+                # at a distance of exactly 0.
+                kernel[(programs,)](
+                    table, base, items, WIDTH=width, ITEMS=next(i for i in ITEMS if i >= items),
+                    num_warps=4, enable_fp_fusion=False, **dict(constants),
+                )  # fmt: skip
+
+    def _upload(self) -> Tensor:
+        if INTERPRET:  # host memory: there is nothing to carry anywhere
+            return torch.tensor(self.words, dtype=torch.int64)
+        room = -(-len(self.words) // FEW) * FEW
+        table = torch.empty(room, dtype=torch.int64, device=self.device)
+        biased = [w + BIAS for w in self.words] + [BIAS] * (room - len(self.words))
+        start = 0
+        while start < room:
+            count = MANY if room - start >= MANY else FEW
+            words = tuple(biased[start : start + count])
+            write_table[(1,)](table, start, words, count, num_warps=1, enable_fp_fusion=False)
+            start += count
+        return table
+
+
+# --- tensors, as kernels read them ----------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """One activation, read in place as [N, C, d0, d1, d2]; strides in elements."""
+
+    address: int
+    dtype: torch.dtype
+    n: int
+    c: int
+    size: tuple[int, int, int]  # space, padded with leading ones
+    stride_n: int
+    stride_c: int
+    stride: tuple[int, int, int]
+
+    @property
+    def positions(self) -> int:
+        return self.size[0] * self.size[1] * self.size[2]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(size, stride) of space with dimensions merged where memory allows, outermost first."""
+        out: list[tuple[int, int]] = []
+        for size, stride in zip(self.size, self.stride, strict=True):
+            if out and size > 1 and out[-1][1] == size * stride:
+                out[-1] = (out[-1][0] * size, stride)
+            elif size > 1:
+                out.append((size, stride))
+        return out
+
+    def words(self, fold: int = 1) -> tuple[int, ...]:
+        """Strides of sample and channel, then what ``place`` reads."""
+        return (self.stride_n, self.stride_c * fold, *space_words(self.runs()))
+
+
+def space_words(runs: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Sizes of the inner and the middle run, strides of the outer, middle and inner one."""
+    (_, outer), (middle, step), (inner, unit) = [(1, 0)] * (3 - len(runs)) + runs
+    return inner, middle, outer, step, unit
+
+
+def element_size(dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float64 else 4 if dtype == torch.float32 else 2
+
+
+class Walk(NamedTuple):
+    """How tensors of one shape are cut into tiles.
+
+    It follows from shapes and strides, never from addresses: equal layouts are summed in equal
+    order. ``fold``: so many channels, contiguous with their positions, are read as one, because a
+    row of 7×7 positions begins at 16 bytes only every 8 channels.
+    """
+
+    order: int
+    fold: int
+    channels: int  # of a tile
+    positions: int  # of a tile
+
+    @classmethod
+    def of(cls, views: list[View], wide: bool) -> Walk:
+        """``views``: an activation, and its gradient if that is written at the same time."""
+        c, p = views[0].c, views[0].positions
+        size = max(element_size(v.dtype) for v in views)
+        tile = 2048 if wide else 16384 // size
+        runs = [v.runs() for v in views]
+        unit = all(not r or (len(r) == 1 and r[0][1] == 1) for r in runs)
+        rows = c > 1 and all(v.stride_c == 1 for v in views)
+        if rows and not (unit and p >= 8):
+            channels = 64 if c <= 128 else 256
+            return cls(ROWS, 1, channels, tile // channels)
+        fold = 1
+        if unit and c > 1 and p > 0 and all(v.stride_c == p for v in views):
+            fold = _fold(c, p, size, tile // 128)
+        channels = 4 if c // fold <= 8 else tile // 128
+        order = PLANE if unit and p * fold >= 32 else ANY
+        return cls(order, fold if order == PLANE else 1, channels, tile // channels)
+
+    def vector(self, views: list[View]) -> int:
+        """Elements of a 16-byte load, or 1 where addresses or strides do not allow it."""
+        vector = 16 // max(element_size(v.dtype) for v in views)
+        if self.order == ANY:
+            return 1
+        for v in views:
+            steps = [v.stride_n if v.n > 1 else 0]
+            if self.order == PLANE:
+                steps += [v.positions * self.fold, v.stride_c * self.fold if v.c > 1 else 0]
+            else:
+                steps += [v.c, *(stride for _, stride in v.runs())]
+            if v.address % 16 or any(s % vector for s in steps):
+                return 1
+        return vector
+
+    def shape(
+        self, views: list[View], lead: int, target: int, longest: int
+    ) -> tuple[int, int, tuple[int, ...]]:
+        """(programs, splits of the channels, words) that bring about ``target`` programs.
+
+        A program takes at most ``longest`` tiles of channels.
+        """
+        x = views[0]
+        c, p = x.c // self.fold, x.positions * self.fold
+        samples, positions = (x.n, p) if self.order == PLANE else (1, x.n * p)
+        tiles = -(-positions // self.positions)
+        steps = max(-(-c // self.channels), 1)
+        splits = min(max(-(-target // max(samples * tiles, 1)), -(-steps // longest), 1), steps)
+        chunk = -(-steps // splits)
+        splits = -(-steps // chunk)
+        period = x.positions - lead
+        words = (x.n, c, p, period, tiles, splits, chunk * self.channels, lead)
+        for v in views:
+            words += v.words(self.fold)
+        return samples * splits * tiles, splits, words
+
+
+def _fold(c: int, p: int, size: int, rows: int) -> int:
+    fold = 16 // gcd(16, p * size)
+    if c % fold or c // fold < 16:
+        fold = 1
+    while fold * p < 128 and c % (2 * fold) == 0 and c // (2 * fold) >= rows:
+        fold *= 2
+    return fold
+
+
+# --- tiles, as kernels see them -------------------------------------------------------------------
+# The words of a shape: samples, channels, positions, period, tiles, splits, chunk, lead, then seven
+# words a view. Samples and positions are one dimension unless the order is PLANE.
+
+
+@triton.jit
+def place(space, q):
+    """Where position q lies, from the five words of ``space_words``."""
+    inner, middle = tl.load(space), tl.load(space + 1)
+    rest = q // inner
+    offset = (rest // middle) * tl.load(space + 2) + (rest % middle) * tl.load(space + 3)
+    return offset + (q % inner) * tl.load(space + 4)
+
+
+@triton.jit
+def tile_of(shape, program, ORDER: tl.constexpr, QB: tl.constexpr):
+    """(sample, position, whether they exist, split) of the tile's positions."""
+    positions, tiles = tl.load(shape + 2), tl.load(shape + 4)
+    splits = tl.load(shape + 5)
+    at = (program % tiles) * QB + tl.arange(0, QB)
+    part = program // tiles
+    if ORDER == _PLANE:
+        n, q, exists = part // splits, at, at < positions
+    else:
+        n, q, exists = at // positions, at % positions, at < tl.load(shape) * positions
+    return n, q, exists, part % splits
+
+
+@triton.jit
+def offsets(view, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the tile's positions lie, in elements; ``view``: the seven words of a view."""
+    if ORDER == _PLANE:
+        return tl.multiple_of(n * tl.load(view), VECTOR) + q
+    return tl.multiple_of(n * tl.load(view) + place(view + 2, q), VECTOR)
+
+
+@triton.jit
+def tile(offset, c, stride_c, ORDER: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of a tile: [channels, positions], ROWS: [positions, channels]."""
+    if ORDER == _ROWS:
+        return offset[:, None] + c[None, :]
+    return offset[None, :] + c[:, None] * tl.multiple_of(stride_c, VECTOR)
+
+
+@triton.jit
+def tile_mask(exists, c, end, ORDER: tl.constexpr, VECTOR: tl.constexpr):
+    if ORDER == _ROWS:
+        return exists[:, None] & (c < tl.multiple_of(end, VECTOR))[None, :]
+    return exists[None, :] & (c < end)[:, None]
+
+
+# --- powers ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def power(x, p, POWER: tl.constexpr):
+    """|x|^p; POWER is 1, 2 or, for any p, 0."""
+    if POWER == 2:
+        y = x * x
+    elif POWER == 1:
+        y = tl.abs(x)
+    elif _INTERPRET:  # the interpreter knows no library
+        a = tl.abs(x)
+        zero = a == 0
+        y = tl.where(zero, 0.0, tl.exp2(p * tl.log2(tl.where(zero, 1.0, a)))).to(x.dtype)
+    else:
+        y = libdevice.pow(tl.abs(x), tl.full(x.shape, p, x.dtype))
+    return y
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) in float64, for u ≥ −1: the rounding of 1 + u is divided out again."""
+    w = 1.0 + u
+    d = w - 1.0
+    return tl.where(d == 0, u, tl.log(w) * (u / tl.where(d == 0, 1.0, d)))
+
+
+def power_of(p: float) -> int:
+    """The POWER that serves p."""
+    return int(p) if p in (1, 2) else 0
