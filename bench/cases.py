@@ -50,7 +50,7 @@ class Case:
     def quick(self) -> Case:
         """The same kind of case at a size for a smoke test."""
         shapes = tuple((2, *(max(3, d // 8) for d in s[1:])) for s in self.shapes[:3])
-        return replace(self, shapes=shapes)
+        return replace(self, title=f"{self.title} (quick)", shapes=shapes)
 
 
 def _stages(n: int) -> tuple[tuple[int, ...], ...]:
@@ -114,7 +114,8 @@ class StepCase:
     modes: tuple[str, ...] = (STEP, STEP + GRAPH)
 
     def quick(self) -> StepCase:
-        return replace(self, samples=2, side=64, classes=10, width=8)
+        title = f"{self.title} (quick)"
+        return replace(self, title=title, samples=2, side=64, classes=10, width=8)
 
 
 STEP_CASE = StepCase(

@@ -48,6 +48,7 @@ def _formulas(case: Case, quick: bool) -> dict[str, Formula]:
     """Ours first; others where their formula applies."""
     eager = baselines.eager(case.divergence)
     rivals = {"lwkd": _ours(case), "eager": eager}
+    rivals["eager norm"] = baselines.eager(case.divergence, baselines.norms)
     if case.device == "cuda" and backends.CUDA.live and backends.TRITON.live:
         rivals["lwkd triton"] = _ours(case, "triton")
     if not quick:

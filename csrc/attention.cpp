@@ -42,19 +42,18 @@ using MapKernel = void (*)(const Source&, int64_t n, int64_t begin, int64_t end,
 using SpreadKernel = void (*)(const Source& x, const Source& dx, int64_t n, int64_t begin,
                               int64_t end, const void* coefficient, double p);
 
-#define LWKD_KERNEL(clones, name, T, A, P)                                                   \
-  clones void map_##name##_##P(const Source& o,  int64_t n, int64_t begin, int64_t end,      \
-                               void* map, double p) {                                        \
-    map_task<T, A>(o, n, begin, end, static_cast<A*>(map), P(p));                            \
-  }                                                                                          \
-  clones void spread_##name##_##P(const Source& x, const Source& dx,   int64_t n,            \
-                                  int64_t begin, int64_t end, const void* coefficient,       \
-                                  double p) {                                                \
-    spread_task<T, A>(x, dx, n, begin, end, static_cast<const A*>(coefficient), P(p));       \
+#define LWKD_KERNEL(clones, name, T, A, P)                                                        \
+  clones void map_##name##_##P(const Source& o, int64_t n, int64_t begin, int64_t end, void* map, \
+                               double p) {                                                        \
+    map_task<T, A>(o, n, begin, end, static_cast<A*>(map), P(p));                                 \
+  }                                                                                               \
+  clones void spread_##name##_##P(const Source& x, const Source& dx, int64_t n, int64_t begin,    \
+                                  int64_t end, const void* coefficient, double p) {               \
+    spread_task<T, A>(x, dx, n, begin, end, static_cast<const A*>(coefficient), P(p));            \
   }
-#define LWKD_POWERS(clones, name, T, A)                                                      \
-  LWKD_KERNEL(clones, name, T, A, One)                                                       \
-  LWKD_KERNEL(clones, name, T, A, Two)                                                       \
+#define LWKD_POWERS(clones, name, T, A) \
+  LWKD_KERNEL(clones, name, T, A, One)  \
+  LWKD_KERNEL(clones, name, T, A, Two)  \
   LWKD_KERNEL(clones, name, T, A, Any)
 #define LWKD_PLAIN
 
@@ -67,49 +66,49 @@ LWKD_POWERS(LWKD_PLAIN, float_wide, float, double)
 LWKD_POWERS(LWKD_PLAIN, half_wide, Half, double)
 LWKD_POWERS(LWKD_PLAIN, bfloat16_wide, BFloat16, double)
 
-#define LWKD_CHOOSE(kernel, name)                                                            \
+#define LWKD_CHOOSE(kernel, name) \
   return p == 2 ? kernel##_##name##_Two : p == 1 ? kernel##_##name##_One : kernel##_##name##_Any
-#define LWKD_CHOOSER(Type, kernel)                                                           \
-  Type choose_##kernel(ScalarType dtype, bool wide, double p) {                              \
-    if (dtype == ScalarType::Double) LWKD_CHOOSE(kernel, double);                            \
-    if (wide) {                                                                              \
-      if (dtype == ScalarType::Float) LWKD_CHOOSE(kernel, float_wide);                       \
-      if (dtype == ScalarType::Half) LWKD_CHOOSE(kernel, half_wide);                         \
-      LWKD_CHOOSE(kernel, bfloat16_wide);                                                    \
-    }                                                                                        \
-    if (dtype == ScalarType::Float) LWKD_CHOOSE(kernel, float);                              \
-    if (dtype == ScalarType::Half) LWKD_CHOOSE(kernel, half);                                \
-    LWKD_CHOOSE(kernel, bfloat16);                                                           \
+#define LWKD_CHOOSER(Type, kernel)                                     \
+  Type choose_##kernel(ScalarType dtype, bool wide, double p) {        \
+    if (dtype == ScalarType::Double) LWKD_CHOOSE(kernel, double);      \
+    if (wide) {                                                        \
+      if (dtype == ScalarType::Float) LWKD_CHOOSE(kernel, float_wide); \
+      if (dtype == ScalarType::Half) LWKD_CHOOSE(kernel, half_wide);   \
+      LWKD_CHOOSE(kernel, bfloat16_wide);                              \
+    }                                                                  \
+    if (dtype == ScalarType::Float) LWKD_CHOOSE(kernel, float);        \
+    if (dtype == ScalarType::Half) LWKD_CHOOSE(kernel, half);          \
+    LWKD_CHOOSE(kernel, bfloat16);                                     \
   }
 LWKD_CHOOSER(MapKernel, map)
 LWKD_CHOOSER(SpreadKernel, spread)
 
 // The distance of one sample (or the gradient of one of its maps), in either compute type.
-#define LWKD_DISTANCES(A, name)                                                              \
-  LWKD_CLONES double l2_##name(const A* s, const A* t, int64_t cells) {                      \
-    return distance_l2(s, t, cells);                                                         \
-  }                                                                                          \
-  LWKD_CLONES double js_##name(const A* s, const A* t, int64_t cells, const uint8_t* keep,   \
-                               int64_t kept, double beta) {                                  \
-    return distance_js(s, t, cells, keep, kept, beta);                                       \
-  }                                                                                          \
-  LWKD_CLONES void l2_gradient_##name(A* out, const A* m, const A* other, int64_t cells,     \
-                                      const uint8_t* keep, double grad) {                    \
-    gradient_l2(out, m, other, cells, keep, grad);                                           \
-  }                                                                                          \
-  LWKD_CLONES void js_gradient_##name(A* out, const A* m, const A* other, int64_t cells,     \
-                                      const uint8_t* keep, int64_t kept, double own,         \
-                                      double grad) {                                         \
-    gradient_js(out, m, other, cells, keep, kept, own, grad);                                \
-  }                                                                                          \
-  double distance(const A* s, const A* t, int64_t cells, const uint8_t* keep, int64_t kept,  \
-                  bool js, double beta) {                                                    \
-    return js ? js_##name(s, t, cells, keep, kept, beta) : l2_##name(s, t, cells);           \
-  }                                                                                          \
-  void map_gradient(A* out, const A* m, const A* other, int64_t cells, const uint8_t* keep,  \
-                    int64_t kept, bool js, double own, double grad) {                        \
-    js ? js_gradient_##name(out, m, other, cells, keep, kept, own, grad)                     \
-       : l2_gradient_##name(out, m, other, cells, keep, grad);                               \
+#define LWKD_DISTANCES(A, name)                                                             \
+  LWKD_CLONES double l2_##name(const A* s, const A* t, int64_t cells) {                     \
+    return distance_l2(s, t, cells);                                                        \
+  }                                                                                         \
+  LWKD_CLONES double js_##name(const A* s, const A* t, int64_t cells, const uint8_t* keep,  \
+                               int64_t kept, double beta) {                                 \
+    return distance_js(s, t, cells, keep, kept, beta);                                      \
+  }                                                                                         \
+  LWKD_CLONES void l2_gradient_##name(A* out, const A* m, const A* other, int64_t cells,    \
+                                      const uint8_t* keep, double grad) {                   \
+    gradient_l2(out, m, other, cells, keep, grad);                                          \
+  }                                                                                         \
+  LWKD_CLONES void js_gradient_##name(A* out, const A* m, const A* other, int64_t cells,    \
+                                      const uint8_t* keep, int64_t kept, double own,        \
+                                      double grad) {                                        \
+    gradient_js(out, m, other, cells, keep, kept, own, grad);                               \
+  }                                                                                         \
+  double distance(const A* s, const A* t, int64_t cells, const uint8_t* keep, int64_t kept, \
+                  bool js, double beta) {                                                   \
+    return js ? js_##name(s, t, cells, keep, kept, beta) : l2_##name(s, t, cells);          \
+  }                                                                                         \
+  void map_gradient(A* out, const A* m, const A* other, int64_t cells, const uint8_t* keep, \
+                    int64_t kept, bool js, double own, double grad) {                       \
+    js ? js_gradient_##name(out, m, other, cells, keep, kept, own, grad)                    \
+       : l2_gradient_##name(out, m, other, cells, keep, grad);                              \
   }
 LWKD_DISTANCES(float, float)
 LWKD_DISTANCES(double, double)
@@ -187,8 +186,7 @@ struct Mask {
 
 std::vector<Mask> read_masks(const std::vector<Tensor>& mask, size_t layers) {
   std::vector<Mask> out;
-  for (size_t l = 0; l < layers; ++l)
-    out.push_back(mask.empty() ? Mask() : Mask(mask[l]));
+  for (size_t l = 0; l < layers; ++l) out.push_back(mask.empty() ? Mask() : Mask(mask[l]));
   return out;
 }
 
@@ -218,8 +216,8 @@ void run_maps(const std::vector<MapJob<A>>& jobs, double p) {
 }
 
 template <typename A>
-void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A* maps, A* distances,
-             double p, bool js, double beta, bool mean) {
+void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A* maps,
+             A* distances, double p, bool js, double beta, bool mean) {
   const int64_t samples = layers[0].side[0].n;
   const bool wide = sizeof(A) == 8;
   int64_t aside = 0;
@@ -326,7 +324,8 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
     if (o.dtype == ScalarType::Double)
       wide.push_back({Source(o), choose_map(o.dtype, true, p), static_cast<double*>(map), nullptr});
     else
-      narrow.push_back({Source(o), choose_map(o.dtype, false, p), static_cast<float*>(map), nullptr});
+      narrow.push_back(
+          {Source(o), choose_map(o.dtype, false, p), static_cast<float*>(map), nullptr});
   }
   run_maps(narrow, p);
   run_maps(wide, p);
@@ -349,6 +348,21 @@ template <typename A>
 double grad_at(const Tensor& grad, int64_t layer, int64_t n, int64_t samples) {
   const A* g = static_cast<const A*>(grad.const_data_ptr()) + layer * grad.stride(0);
   return grad.dim() == 1 ? double(*g) / double(samples) : double(g[n * grad.stride(1)]);
+}
+
+// A NaN that is masked out has the coefficient 0 and would still be a NaN in its gradient.
+template <typename A>
+void clear_uncounted(const Operand& dx, const A* coefficient, int64_t n, int64_t begin,
+                     int64_t end) {
+  const int64_t element = element_size(dx.dtype);
+  char* sample = static_cast<char*>(dx.data) + n * dx.stride_n * element;
+  for (int64_t q = begin; q < end; ++q) {
+    if (coefficient[q] != 0) continue;
+    const int64_t k = q % dx.size[2], j = q / dx.size[2] % dx.size[1],
+                  i = q / dx.size[2] / dx.size[1];
+    char* at = sample + (i * dx.stride[0] + j * dx.stride[1] + k * dx.stride[2]) * element;
+    for (int64_t c = 0; c < dx.c; ++c) std::memset(at + c * dx.stride_c * element, 0, element);
+  }
 }
 
 template <typename A>
@@ -389,7 +403,9 @@ void backward(const Tensor& grad, const std::vector<GradientJob>& jobs,
   torch::stable::parallel_for(0, lay_out(tiles), kGrain, [&](int64_t begin, int64_t end) {
     run_tasks(tiles, begin, end, [&](int64_t i, int64_t n, int64_t from, int64_t to) {
       const GradientJob& job = jobs[i];
-      job.kernel(job.x, job.dx, n, from, to, coefficients[i] + n * job.x.positions(), p);
+      const A* coefficient = coefficients[i] + n * job.x.positions();
+      job.kernel(job.x, job.dx, n, from, to, coefficient, p);
+      if (masks[job.layer].data != nullptr) clear_uncounted(job.dx, coefficient, n, from, to);
     });
   });
 }
@@ -425,8 +441,8 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
     const int64_t l = layers[i];
     const Source x(read_operand(xs[i], &layout[4 * i], "xs", i));
     const Source dx(read_operand(out[i], &layout[4 * i], "gradient", i));
-    jobs.push_back({x, dx, l, sides[i], offsets[l], cells[l], &space[3 * l],
-                    choose_spread(x.dtype, wide, p)});
+    jobs.push_back(
+        {x, dx, l, sides[i], offsets[l], cells[l], &space[3 * l], choose_spread(x.dtype, wide, p)});
     clear_prefix(dx, element_size(dx.dtype));
   }
   const auto masks = read_masks(mask, count);

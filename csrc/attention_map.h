@@ -178,12 +178,6 @@ LWKD_INLINE void sum_run(Order order, A* map, const T* x, int64_t stride_c, int6
 
 // --- the way back: dx = coefficient[q] · d|x|^p/dx ----------------------------------------------
 
-// From where nothing counts nothing flows: a NaN that is masked out stays where it is.
-template <typename A, typename P>
-LWKD_INLINE A flow(A c, A x, P p) {
-  return c == 0 ? A(0) : slope(c, x, p);
-}
-
 template <typename T, typename A, typename P>
 LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* coefficient,
                             int64_t dx_stride_c, int64_t dx_stride, int64_t stride_c,
@@ -195,7 +189,7 @@ LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* 
       T* __restrict to = dx + q * dx_stride;
 #pragma GCC ivdep
       for (int64_t c = 0; c < channels; ++c)
-        narrow(flow(k, static_cast<A>(widen(from[c])), p), to[c]);
+        narrow(slope(k, static_cast<A>(widen(from[c])), p), to[c]);
     }
   } else if (order == Order::kPositions) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -203,12 +197,12 @@ LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* 
       T* __restrict to = dx + c * dx_stride_c;
 #pragma GCC ivdep
       for (int64_t q = 0; q < count; ++q)
-        narrow(flow(coefficient[q], static_cast<A>(widen(from[q])), p), to[q]);
+        narrow(slope(coefficient[q], static_cast<A>(widen(from[q])), p), to[q]);
     }
   } else {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t q = 0; q < count; ++q)
-        narrow(flow(coefficient[q], static_cast<A>(widen(x[c * stride_c + q * stride])), p),
+        narrow(slope(coefficient[q], static_cast<A>(widen(x[c * stride_c + q * stride])), p),
                dx[c * dx_stride_c + q * dx_stride]);
   }
 }

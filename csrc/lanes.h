@@ -48,9 +48,29 @@ LWKD_INLINE Float8 load(const Half* p) {  // as widen(Half)
                   ((bits & 0x8000u) << 16));
 }
 
-template <typename Vector>
-LWKD_INLINE void store(Vector v, void* p) {
+template <typename Vector, typename To>
+LWKD_INLINE void write_bits(Vector v, To* p) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+LWKD_INLINE void store(Float8 v, float* p) { write_bits(v, p); }
+LWKD_INLINE void store(Double4 v, double* p) { write_bits(v, p); }
+LWKD_INLINE void store(Float8 v, BFloat16* p) {  // as narrow(float, BFloat16)
+  const Int8 u = (Int8)v;
+  const Int8 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Int8 nan = (Int8)((u & 0x7fffffffu) > 0x7f800000u);
+  const Int8 bits = (nan & ((u >> 16) | 0x40u)) | (~nan & rounded);
+  write_bits(__builtin_convertvector(bits, Short8), p);
+}
+LWKD_INLINE void store(Float8 v, Half* p) {  // as narrow(float, Half)
+  const Int8 u = (Int8)v, a = u & 0x7fffffffu;
+  const Int8 normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  const Int8 tiny = (Int8)((Float8)a + 0.5f) - 0x3f000000u;
+  const Int8 nan = (Int8)(a > 0x7f800000u);
+  const Int8 huge = (nan & 0x7e00u) | (~nan & 0x7c00u);
+  const Int8 is_tiny = (Int8)(a < 0x38800000u), is_huge = (Int8)(a >= 0x47800000u);
+  const Int8 bits = (is_tiny & tiny) | (is_huge & huge) | (~(is_tiny | is_huge) & normal);
+  write_bits(__builtin_convertvector(bits | ((u >> 16) & 0x8000u), Short8), p);
 }
 
 LWKD_INLINE Float8 power(Float8 x, One) { return (Float8)((Int8)x & 0x7fffffffu); }
@@ -63,6 +83,28 @@ LWKD_INLINE Float8 power(Float8 x, Any e) {
 }
 LWKD_INLINE Double4 power(Double4 x, Any e) {
   for (int k = 0; k < 4; ++k) x[k] = power(x[k], e);
+  return x;
+}
+
+// c · d|x|^p/dx, as slope() of one number.
+LWKD_INLINE Float8 slope(Float8 c, Float8 x, Two) {
+  return (Float8)((Int8)(c * x) & (Int8)(x != 0));
+}
+LWKD_INLINE Double4 slope(Double4 c, Double4 x, Two) {
+  return (Double4)((Long4)(c * x) & (Long4)(x != 0));
+}
+LWKD_INLINE Float8 slope(Float8 c, Float8 x, One) {
+  return (Float8)(((Int8)c ^ ((Int8)x & 0x80000000u)) & (Int8)(x != 0));
+}
+LWKD_INLINE Double4 slope(Double4 c, Double4 x, One) {
+  return (Double4)(((Long4)c ^ ((Long4)x & 0x8000000000000000ull)) & (Long4)(x != 0));
+}
+LWKD_INLINE Float8 slope(Float8 c, Float8 x, Any e) {
+  for (int k = 0; k < 8; ++k) x[k] = slope(c[k], x[k], e);
+  return x;
+}
+LWKD_INLINE Double4 slope(Double4 c, Double4 x, Any e) {
+  for (int k = 0; k < 4; ++k) x[k] = slope(c[k], x[k], e);
   return x;
 }
 

@@ -94,7 +94,7 @@ LWKD_INLINE A power(A x, Any e) {
 // c · d|x|^p/dx, where c already holds the factor p; exactly 0 at x = 0 whatever c is.
 template <typename A>
 LWKD_INLINE A slope(A c, A x, One) {
-  return x > 0 ? c : x < 0 ? -c : x * 0;  // x * 0 keeps a NaN
+  return x == 0 ? A(0) : x < 0 ? -c : c;  // c is NaN where x is
 }
 template <typename A>
 LWKD_INLINE A slope(A c, A x, Two) {

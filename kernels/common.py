@@ -43,6 +43,8 @@ BIAS = 1 << 60
 _BIAS = tl.constexpr(BIAS)
 FEW, MANY = 64, 256  # words of one launch; a launch takes at most 4 KB of arguments
 ITEMS = (16, 128, 1024)  # rows that one launch can search
+# Without fusion a product rounds alike in every expression: equal maps are at a distance of 0.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit(do_not_specialize=["start", "words"])
@@ -90,9 +92,9 @@ class Plan:
             key = (kernel, tuple(constants.items()))
             self._launches.setdefault(key, []).append((programs, row))
 
-    def run(self) -> None:
-        """Write the table, then launch everything on the current stream of the device."""
-        launches = []
+    def launches(self) -> list[tuple[Any, int, dict[str, Any]]]:
+        """(kernel, programs, its arguments but for the table), once: writes rows to ``words``."""
+        out = []
         for (kernel, constants), rows in self._launches.items():
             for start in range(0, len(rows), ITEMS[-1]):
                 part = rows[start : start + ITEMS[-1]]
@@ -100,18 +102,24 @@ class Plan:
                 for programs, row in part:
                     self.words += (first, *row)
                     first += programs
-                launches.append((kernel, first, base, len(part), len(part[0][1]) + 1, constants))
+                arguments = {
+                    "base": base,
+                    "items": len(part),
+                    "WIDTH": len(part[0][1]) + 1,
+                    "ITEMS": next(i for i in ITEMS if i >= len(part)),
+                }
+                out.append((kernel, first, arguments | dict(constants)))
+        return out
+
+    def run(self) -> None:
+        """Write the table, then launch everything on the current stream of the device."""
+        launches = self.launches()
         if not launches:
             return
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             table = self._upload()
-            for kernel, programs, base, items, width, constants in launches:
-                # Without fusion a product rounds the same in every expression: equal maps are
-                # at a distance of exactly 0.
-                kernel[(programs,)](
-                    table, base, items, WIDTH=width, ITEMS=next(i for i in ITEMS if i >= items),
-                    num_warps=4, enable_fp_fusion=False, **dict(constants),
-                )  # fmt: skip
+            for kernel, programs, arguments in launches:
+                kernel[(programs,)](table, **arguments, **OPTIONS)
 
     def _upload(self) -> Tensor:
         if INTERPRET:  # host memory: there is nothing to carry anywhere
@@ -265,14 +273,14 @@ def place(space, q):
 
 
 @triton.jit
-def tile_of(shape, program, ORDER: tl.constexpr, QB: tl.constexpr):
+def tile_of(shape, program, ORDER: tl.constexpr, VECTOR: tl.constexpr, QB: tl.constexpr):
     """(sample, position, whether they exist, split) of the tile's positions."""
     positions, tiles = tl.load(shape + 2), tl.load(shape + 4)
     splits = tl.load(shape + 5)
     at = (program % tiles) * QB + tl.arange(0, QB)
     part = program // tiles
     if ORDER == _PLANE:
-        n, q, exists = part // splits, at, at < positions
+        n, q, exists = part // splits, at, at < tl.multiple_of(positions, VECTOR)
     else:
         n, q, exists = at // positions, at % positions, at < tl.load(shape) * positions
     return n, q, exists, part % splits
@@ -302,6 +310,33 @@ def tile_mask(exists, c, end, ORDER: tl.constexpr, VECTOR: tl.constexpr):
 
 
 # --- powers ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def widen(x, ACC: tl.constexpr):
+    """x in ACC; through its bits where the interpreter would get bfloat16 wrong."""
+    if x.dtype == ACC:
+        y = x
+    elif _INTERPRET and x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        y = bits.to(tl.float32, bitcast=True).to(ACC)
+    else:
+        y = x.to(tl.float32).to(ACC)
+    return y
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest even: the interpreter cuts bfloat16 off."""
+    if x.dtype == DTYPE:
+        y = x
+    elif _INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, even, (bits >> 16) | 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(tl.float32).to(DTYPE)
+    return y
 
 
 @triton.jit

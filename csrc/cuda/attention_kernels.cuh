@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kDistanceThreads)
   if (item.each != nullptr) finish_mean<A>(item, samples, shared);
 }
 
-// `factor`: p, over N where the gradient is that of the mean.
-template <typename A, bool JS, int K>
-__global__ void __launch_bounds__(kDistanceThreads)
+// `factor`: p, over N where the gradient is that of the mean. POOLED: some items may be pooled;
+// calls without them leave room for twice the threads.
+template <typename A, bool JS, bool POOLED, int K>
+__global__ void __launch_bounds__(kDistanceThreads, JS || POOLED ? 1 : 2)
     slope_kernel(const __grid_constant__ Table<SlopeItem, K> table, int64_t samples,
                  double factor) {
   const SlopeItem& item = table.item[find(table, blockIdx.x)];
@@ -104,15 +105,15 @@ __global__ void __launch_bounds__(kDistanceThreads)
   if (n >= samples) return;
   const double grad = factor * static_cast<const A*>(item.grad)[n * item.grad_stride];
   A* out = static_cast<A*>(item.out) + n * item.positions;
-  if (item.positions == item.cells) {
-#pragma unroll (JS ? 1 : 4)
-    for (int64_t r = lane; r < item.positions; r += item.team)
-      out[r] = static_cast<A>(grad * cell_slope(pair, item.weight, radial, r));
-  } else {
+  if (POOLED && item.positions != item.cells) {
 #pragma unroll 1
     for (int64_t r = lane; r < item.positions; r += item.team)
       out[r] = static_cast<A>(grad * raw_slope(pair, item.weight, radial, item.size, r));
+    return;
   }
+#pragma unroll (JS || POOLED ? 1 : 4)
+  for (int64_t r = lane; r < item.positions; r += item.team)
+    out[r] = static_cast<A>(grad * cell_slope(pair, item.weight, radial, r));
 }
 
 template <typename A, typename P, int K>

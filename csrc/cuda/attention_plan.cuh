@@ -241,8 +241,8 @@ void with_power(double p, const Run& run) {
 }
 
 template <typename Run>
-void with_divergence(bool js, const Run& run) {
-  if (js)
+void with_bool(bool value, const Run& run) {
+  if (value)
     run(std::true_type{});
   else
     run(std::false_type{});
@@ -379,7 +379,7 @@ void forward(Launcher& gpu, const std::vector<LayerViews>& layers, A* maps, A* o
                  options.mean ? scratch.at<int32_t>(done) : nullptr, static_cast<int>(length));
   with_tables<A>(distances, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, distance_blocks.data() + from);
-    with_divergence(options.js, [&](auto js) {
+    with_bool(options.js, [&](auto js) {
       gpu.launch(distance_kernel<A, js.value, sizeof(table.item) / sizeof(DistanceItem)>, count,
                  threads, teams_shared(threads), table, samples, options.beta);
     });
@@ -454,7 +454,9 @@ void backward(Launcher& gpu, const std::vector<GradientViews>& jobs, const Optio
   std::vector<int64_t> slope_blocks, spread_blocks, offsets;
   Scratch scratch;
   int64_t most_cells = 0;
+  bool pooled = false;
   for (const GradientViews& job : jobs) {
+    pooled = pooled || job.cells() != job.x.positions();
     offsets.push_back(scratch.reserve(samples * job.x.positions(), sizeof(A)));
     most_cells = std::max({most_cells, job.cells(), job.x.positions()});
   }
@@ -487,9 +489,11 @@ void backward(Launcher& gpu, const std::vector<GradientViews>& jobs, const Optio
   const double factor = options.mean ? options.p / double(samples) : options.p;
   with_tables<A>(slopes, [&](auto& table, size_t from) {
     const int64_t count = number_blocks(table, slope_blocks.data() + from);
-    with_divergence(options.js, [&](auto js) {
-      gpu.launch(slope_kernel<A, js.value, sizeof(table.item) / sizeof(SlopeItem)>, count, threads,
-                 teams_shared(threads), table, samples, factor);
+    with_bool(options.js, [&](auto js) {
+      with_bool(pooled, [&](auto pools) {
+        gpu.launch(slope_kernel<A, js.value, pools.value, sizeof(table.item) / sizeof(SlopeItem)>,
+                   count, threads, teams_shared(threads), table, samples, factor);
+      });
     });
   });
   with_tables<A>(spreads, [&](auto& table, size_t from) {

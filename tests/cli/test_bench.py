@@ -1,0 +1,74 @@
+"""``bench``: rows for every contender, and nothing is timed that computes something else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lwkd.cli import bench, main
+
+
+def test_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cpu", "--quick", "--no-compile", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["machine"]["torch"] == torch.__version__
+    assert out["machine"]["backend"] in ("compiled", "reference")
+    assert len(out["rows"]) == len(bench.QUICK) * 2 * 2
+    for row in out["rows"]:
+        assert row["ms"] > 0
+        assert row["error"] is None
+        assert (row["ratio"] == 1.0) or row["contender"] != "lwkd"
+    row = out["rows"][0]  # 4 samples of 8·64 + 16·16 and 16·64 + 32·16 floats, read once
+    assert row["gb_per_s"] == pytest.approx(4 * 4 * 2304 / (row["ms"] * 1e6))
+    row = out["rows"][2]  # the student's again, and its gradient
+    assert row["gb_per_s"] == pytest.approx(4 * 4 * (2304 + 2 * 768) / (row["ms"] * 1e6))
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = bench.measure(bench.QUICK[0], "cpu", False, compiled=False, quick=True)
+    rows[1].update(ms=None, gb_per_s=None, ratio=None, error="PyTorch: RuntimeError: too old")
+    machine = {"device": "x", "torch": "2", "threads": 1, "lwkd": "0", "backend": "compiled"}
+    bench._print(machine, rows)
+    text = capsys.readouterr().out
+    assert "did not run: PyTorch: RuntimeError: too old" in text
+    assert "two stages  forward  PyTorch      -     -" in text
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_part() -> None:
+    """In a process of its own: a compiler that is missing is a row with its error, no crash."""
+    code = (
+        "from lwkd.cli import bench\n"
+        "rows = bench.measure(bench.QUICK[1], 'cpu', False, True, True)\n"
+        "assert [r['contender'] for r in rows] == ['lwkd', 'PyTorch', 'torch.compile']\n"
+        "assert rows[2]['ms'] or 'torch.compile: ' in rows[2]['error']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("workload", bench.FULL, ids=lambda w: w.name)
+def test_both_ways_of_writing_it_agree_on_the_full_cases(workload: bench.Workload) -> None:
+    """One sample each, so that it is quick; gradients too."""
+    small = bench.Workload(workload.name, 1, workload.student, workload.teacher, workload.fold)
+    student, teacher = small.tensors("cpu")
+    got, want = (
+        bench._step(f, student, teacher, small.fold, True) for f in (bench.fused, bench.plain)
+    )
+    assert len(got) == 1 + len(student)
+    bench._agree(small.name, "PyTorch", got, want)
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_contender_that_computes_something_else_is_refused(factor: float) -> None:
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="case: other and lwkd do not agree"):
+        bench._agree("case", "other", [x, factor * x], [x, x])
+
+
+def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "gpu", "--quick"]) == 1
+    assert "error: " in capsys.readouterr().err
