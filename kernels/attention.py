@@ -61,25 +61,26 @@ def maps_kernel(
 ):  # fmt: skip
     """Row: x, out, shape. out: [parts, N, period], the sums of each part of the channels."""
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    x = tl.multiple_of(tl.load(row + 1), 16 if VECTOR > 1 else 1).to(tl.pointer_type(DTYPE))
+    x = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     out = tl.load(row + 2).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 3)
     n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB)
     at = offsets(shape + 8, n, q, ORDER, VECTOR)
-    stride_c = tl.load(shape + 9)
-    chunk = tl.load(shape + 6)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, tl.load(shape + 1))
+    stride_c = tl.multiple_of(tl.load(shape + 9), VECTOR if ORDER == 0 else 1)
+    begin = tl.multiple_of(split * tl.load(shape + 6), VECTOR)
+    end = tl.minimum(begin + tl.load(shape + 6), tl.load(shape + 1))
+    end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
     if ORDER == 1:
         total = tl.zeros([QB, CB], ACC)
     else:
         total = tl.zeros([CB, QB], ACC)
-    while begin < end:
-        c = tl.multiple_of(begin, VECTOR) + tl.arange(0, CB)
-        mask = tile_mask(exists, c, end, ORDER, VECTOR)
-        value = tl.load(x + tile(at, c, stride_c, ORDER, VECTOR), mask=mask, other=0)
+    step = begin * 0
+    while begin + step * CB < end:
+        c = begin + step * CB + tl.arange(0, CB)
+        mask = tile_mask(exists, c < end, ORDER)
+        value = tl.load(x + tile(at, c, stride_c, ORDER), mask=mask, other=0)
         total += power(widen(value, ACC), p, POWER)
-        begin += CB
+        step += 1
     period = tl.load(shape + 3)
     part = split * (tl.load(shape + 2) // period) + q // period
     to = (part * tl.load(shape) + n) * period + q % period
@@ -376,8 +377,8 @@ def spread_kernel(
 ):  # fmt: skip
     """Row: x, dx, slopes [N, period], shape. p: the power less one. Leading tokens get 0."""
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    x = tl.multiple_of(tl.load(row + 1), 16 if VECTOR > 1 else 1).to(tl.pointer_type(DTYPE))
-    dx = tl.multiple_of(tl.load(row + 2), 16 if VECTOR > 1 else 1).to(tl.pointer_type(DTYPE))
+    x = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
+    dx = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     slopes = tl.load(row + 3).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 4)
     n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB)
@@ -389,14 +390,16 @@ def spread_kernel(
     live = live[:, None] if ORDER == 1 else live[None, :]
     at = offsets(shape + 8, n, q, ORDER, VECTOR)
     to = offsets(shape + 15, n, q, ORDER, VECTOR)
-    stride_c, to_stride_c = tl.load(shape + 9), tl.load(shape + 16)
-    chunk = tl.load(shape + 6)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, tl.load(shape + 1))
-    while begin < end:
-        c = tl.multiple_of(begin, VECTOR) + tl.arange(0, CB)
-        mask = tile_mask(exists, c, end, ORDER, VECTOR)
-        value = tl.load(x + tile(at, c, stride_c, ORDER, VECTOR), mask=mask, other=0)
+    stride_c = tl.multiple_of(tl.load(shape + 9), VECTOR if ORDER == 0 else 1)
+    to_stride_c = tl.multiple_of(tl.load(shape + 16), VECTOR if ORDER == 0 else 1)
+    begin = tl.multiple_of(split * tl.load(shape + 6), VECTOR)
+    end = tl.minimum(begin + tl.load(shape + 6), tl.load(shape + 1))
+    end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
+    step = begin * 0
+    while begin + step * CB < end:
+        c = begin + step * CB + tl.arange(0, CB)
+        mask = tile_mask(exists, c < end, ORDER)
+        value = tl.load(x + tile(at, c, stride_c, ORDER), mask=mask, other=0)
         value = widen(value, ACC)
         if POWER == 2:
             d = slope * value
@@ -404,9 +407,8 @@ def spread_kernel(
             sign = tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value)).to(ACC)
             d = slope * sign if POWER == 1 else slope * sign * power(value, p, POWER)
         d = tl.where((value == 0) | (live == 0), 0.0, d)
-        to_tile = tile(to, c, to_stride_c, ORDER, VECTOR)
-        tl.store(dx + to_tile, narrow(d, DTYPE), mask=mask)
-        begin += CB
+        tl.store(dx + tile(to, c, to_stride_c, ORDER), narrow(d, DTYPE), mask=mask)
+        step += 1
 
 
 # --- on the host ----------------------------------------------------------------------------------

@@ -260,7 +260,9 @@ def _fold(c: int, p: int, size: int, rows: int) -> int:
 
 # --- tiles, as kernels see them -------------------------------------------------------------------
 # The words of a shape: samples, channels, positions, period, tiles, splits, chunk, lead, then seven
-# words a view. Samples and positions are one dimension unless the order is PLANE.
+# words a view. Samples and positions are one dimension unless the order is PLANE. VECTOR tells the
+# compiler which numbers it divides; a hint holds for the result of an operation in the same
+# function, not for a parameter and not for what a loop carries.
 
 
 @triton.jit
@@ -290,23 +292,30 @@ def tile_of(shape, program, ORDER: tl.constexpr, VECTOR: tl.constexpr, QB: tl.co
 def offsets(view, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr):
     """Where the tile's positions lie, in elements; ``view``: the seven words of a view."""
     if ORDER == _PLANE:
-        return tl.multiple_of(n * tl.load(view), VECTOR) + q
-    return tl.multiple_of(n * tl.load(view) + place(view + 2, q), VECTOR)
+        at = tl.multiple_of(n * tl.load(view), VECTOR) + q
+    else:
+        at = tl.multiple_of(n * tl.load(view) + place(view + 2, q), VECTOR)
+    return at
 
 
 @triton.jit
-def tile(offset, c, stride_c, ORDER: tl.constexpr, VECTOR: tl.constexpr):
+def tile(offset, c, stride_c, ORDER: tl.constexpr):
     """Offsets of a tile: [channels, positions], ROWS: [positions, channels]."""
     if ORDER == _ROWS:
-        return offset[:, None] + c[None, :]
-    return offset[None, :] + c[:, None] * tl.multiple_of(stride_c, VECTOR)
+        at = offset[:, None] + c[None, :]
+    else:
+        at = offset[None, :] + c[:, None] * stride_c
+    return at
 
 
 @triton.jit
-def tile_mask(exists, c, end, ORDER: tl.constexpr, VECTOR: tl.constexpr):
+def tile_mask(exists, inside, ORDER: tl.constexpr):
+    """Where a tile exists, from where its positions and its channels do."""
     if ORDER == _ROWS:
-        return exists[:, None] & (c < tl.multiple_of(end, VECTOR))[None, :]
-    return exists[None, :] & (c < end)[:, None]
+        mask = exists[:, None] & inside[None, :]
+    else:
+        mask = exists[None, :] & inside[:, None]
+    return mask
 
 
 # --- powers ---------------------------------------------------------------------------------------
