@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
+RECORD ?=
+RECORDED = $(if $(RECORD),--record $(RECORD))  # make bench RECORD=bench/results/NAME.jsonl
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -32,10 +34,10 @@ lint: $(VENV)/lint
 # Everything that needs a GPU: correctness, then time. A skipped GPU test is a failure.
 gpu: $(VENV)/built
 	LWKD_REQUIRE_GPU=1 $(PY) -m pytest -m gpu
-	LWKD_REQUIRE_GPU=1 $(PY) -m pytest bench --benchmark-only -m gpu
+	LWKD_REQUIRE_GPU=1 $(PY) -m pytest bench --benchmark-only -m gpu $(RECORDED)
 
 bench: $(VENV)/built
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m pytest bench --benchmark-only $(RECORDED)
 
 # The CPU kernels under AddressSanitizer and UBSan: the ops' own tests on a second build.
 sanitize: $(VENV)/examples

@@ -26,27 +26,27 @@ from torch import Tensor
 from .common import (
     DTYPES,
     INTERPRET,
+    PLANE,
     Plan,
     View,
     Walk,
+    index_of,
     locate,
     log1p,
+    merge,
     narrow,
     offsets,
     place,
+    place_words,
     power,
     power_of,
-    space_words,
-    tile,
-    tile_mask,
     tile_of,
     widen,
 )
 
 __all__ = ["INTERPRET", "backward", "forward", "maps"]
 
-_EPS = tl.constexpr(1e-12)
-_SERIES = tl.constexpr(0.02)  # below this |u| the series of f is exact to rounding
+_EPS = tl.constexpr(1e-12)  # made float64 where it is used: a literal may be float32
 _FLAT = 256  # elements of a program of gather_kernel and scatter_kernel
 
 # --- Σ_c |x|^p ------------------------------------------------------------------------------------
@@ -57,33 +57,37 @@ def maps_kernel(
     table, base: tl.int64, items: tl.int64, p: tl.float64,
     DTYPE: tl.constexpr, ACC: tl.constexpr, POWER: tl.constexpr,
     ORDER: tl.constexpr, VECTOR: tl.constexpr, CB: tl.constexpr, QB: tl.constexpr,
-    WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    RUNS: tl.constexpr, INDEX: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: x, out, shape. out: [parts, N, period], the sums of each part of the channels."""
+    """Row: x, out, shape. out: [parts, N, positions], the sums of each part of the channels."""
     row, program = locate(table, base, items, WIDTH, ITEMS)
     x = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     out = tl.load(row + 2).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 3)
-    n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB)
-    at = offsets(shape + 8, n, q, ORDER, VECTOR)
-    stride_c = tl.multiple_of(tl.load(shape + 9), VECTOR if ORDER == 0 else 1)
-    begin = tl.multiple_of(split * tl.load(shape + 6), VECTOR)
-    end = tl.minimum(begin + tl.load(shape + 6), tl.load(shape + 1))
+    n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB, INDEX)
+    at = offsets(shape + 9, n, q, ORDER, VECTOR, RUNS)
+    stride_c = tl.multiple_of(tl.load(shape + 8), VECTOR if ORDER == 0 else 1)
+    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR)
+    end = tl.minimum(begin + tl.load(shape + 2), tl.load(shape + 3))
     end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
-    if ORDER == 1:
-        total = tl.zeros([QB, CB], ACC)
-    else:
-        total = tl.zeros([CB, QB], ACC)
+    total = tl.zeros([QB, CB] if ORDER == 1 else [CB, QB], ACC)
     step = begin * 0
     while begin + step * CB < end:
         c = begin + step * CB + tl.arange(0, CB)
-        mask = tile_mask(exists, c < end, ORDER)
-        value = tl.load(x + tile(at, c, stride_c, ORDER), mask=mask, other=0)
+        if ORDER == 1:
+            mask = exists[:, None] & (c < end)[None, :]
+            value = tl.load(x + (at[:, None] + c[None, :]), mask=mask, other=0)
+        else:
+            mask = exists[None, :] & (c < end)[:, None]
+            value = tl.load(x + (at[None, :] + c[:, None] * stride_c), mask=mask, other=0)
         total += power(widen(value, ACC), p, POWER)
         step += 1
-    period = tl.load(shape + 3)
-    part = split * (tl.load(shape + 2) // period) + q // period
-    to = (part * tl.load(shape) + n) * period + q % period
+    samples, positions = tl.load(shape + 5), tl.load(shape + 6)
+    if ORDER == 0:
+        fold, inner = tl.load(shape + 4) // positions, positions.to(INDEX)
+        to = ((split * fold + q // inner) * samples + n) * positions + q % inner
+    else:
+        to = (split * samples + n) * positions + q
     tl.store(out + to, tl.sum(total, 1 if ORDER == 1 else 0), mask=exists)
 
 
@@ -91,91 +95,105 @@ def maps_kernel(
 
 
 @triton.jit
-def keep_at(mask, shape, n, q, exists):
-    """Whether position q of sample n counts; mask: the address of the mask, 0 for none."""
-    at = n * tl.load(shape) + place(shape + 1, q)
-    given = exists & (q * 0 + mask != 0)  # no scalar condition: the interpreter splats it wrong
-    return tl.load(mask.to(tl.pointer_type(tl.int8)) + at, mask=given, other=1) != 0
+def keep_at(table, row, n, q, exists, MASK: tl.constexpr):
+    """Whether positions count. Row: a mask's address, 0 where all do, and the place of its words.
+
+    Words: sample stride, then what ``place`` reads. MASK: dimensions of the masks, 0 for none.
+    """
+    keep = exists
+    if MASK > 0:
+        address, words = tl.load(row), table + tl.load(row + 1)
+        at = n * tl.load(words) + place(words + 1, q, MASK, 1)
+        given = exists & (at * 0 + address != 0)  # the interpreter cannot splat a condition
+        keep &= tl.load(address.to(tl.pointer_type(tl.int8)) + at, mask=given, other=1) != 0
+    return keep
 
 
 @triton.jit
 def gather_kernel(
     table, base: tl.int64, items: tl.int64,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    ACC: tl.constexpr, POOLED: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: raw [parts, N, positions], out [N, cells], shape, mask, mask's shape.
+    """Row: raw [parts, N, positions], out [N, cells], shape, mask. Adaptive average pooling.
 
-    Shape: parts, N, raw sizes, common sizes, largest windows. Adaptive average pooling.
+    Shape: parts, N, cells, raw sizes, common sizes, largest windows.
     """
     row, program = locate(table, base, items, WIDTH, ITEMS)
     raw = tl.load(row + 1).to(tl.pointer_type(ACC))
     out = tl.load(row + 2).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 3)
-    parts, samples = tl.load(shape), tl.load(shape + 1)
-    r0, r1, r2 = tl.load(shape + 2), tl.load(shape + 3), tl.load(shape + 4)
-    s0, s1, s2 = tl.load(shape + 5), tl.load(shape + 6), tl.load(shape + 7)
-    w0, w1, w2 = tl.load(shape + 8), tl.load(shape + 9), tl.load(shape + 10)
-    cells, positions = s0 * s1 * s2, r0 * r1 * r2
-    e = program * BLOCK + tl.arange(0, BLOCK)
+    parts, samples, cells = tl.load(shape), tl.load(shape + 1), tl.load(shape + 2)
+    e = program.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     exists = e < samples * cells
-    n, q = e // cells, e % cells
-    i, j, k = q // (s1 * s2), q // s2 % s1, q % s2
-    i0, j0, k0 = i * r0 // s0, j * r1 // s1, k * r2 // s2
-    i1 = ((i + 1) * r0 + s0 - 1) // s0
-    j1 = ((j + 1) * r1 + s1 - 1) // s1
-    k1 = ((k + 1) * r2 + s2 - 1) // s2
+    n, q = e // cells.to(INDEX), e % cells.to(INDEX)
     total = tl.zeros([BLOCK], tl.float64)
-    a = w0 * 0
-    while a < w0:
-        b = w1 * 0
-        while b < w1:
-            c = w2 * 0
-            while c < w2:
-                inside = exists & (i0 + a < i1) & (j0 + b < j1) & (k0 + c < k1)
-                at = n * positions + ((i0 + a) * r1 + j0 + b) * r2 + k0 + c
-                part = parts * 0
-                while part < parts:
-                    total += tl.load(raw + at, mask=inside, other=0).to(tl.float64)
-                    at += samples * positions
-                    part += 1
-                c += 1
-            b += 1
-        a += 1
-    total /= ((i1 - i0) * (j1 - j0) * (k1 - k0)).to(tl.float64)
-    keep = keep_at(tl.load(row + 4), table + tl.load(row + 5), n, q, exists)
+    if POOLED:
+        r0, r1, r2 = tl.load(shape + 3), tl.load(shape + 4), tl.load(shape + 5)
+        s0, s1, s2 = tl.load(shape + 6), tl.load(shape + 7), tl.load(shape + 8)
+        i0, i1 = window(q // (s1 * s2).to(INDEX), r0.to(INDEX), s0.to(INDEX))
+        j0, j1 = window(q // s2.to(INDEX) % s1.to(INDEX), r1.to(INDEX), s1.to(INDEX))
+        k0, k1 = window(q % s2.to(INDEX), r2.to(INDEX), s2.to(INDEX))
+        corner = ((n.to(tl.int64) * r0 + i0) * r1 + j0) * r2 + k0
+        a = parts * 0
+        while a < tl.load(shape + 9):
+            b = parts * 0
+            while b < tl.load(shape + 10):
+                c = parts * 0
+                while c < tl.load(shape + 11):
+                    inside = exists & (i0 + a < i1) & (j0 + b < j1) & (k0 + c < k1)
+                    at = corner + (a * r1 + b) * r2 + c
+                    part = parts * 0
+                    while part < parts:
+                        total += tl.load(raw + at, mask=inside, other=0).to(tl.float64)
+                        at += samples * r0 * r1 * r2
+                        part += 1
+                    c += 1
+                b += 1
+            a += 1
+        total /= ((i1 - i0) * (j1 - j0) * (k1 - k0)).to(tl.float64)
+    else:
+        part = parts * 0
+        while part < parts:
+            at = part * samples * cells + e
+            total += tl.load(raw + at, mask=exists, other=0).to(tl.float64)
+            part += 1
+    keep = keep_at(table, row + 4, n, q, exists, MASK)
     tl.store(out + e, tl.where(keep, total, 0.0).to(ACC), mask=exists)
+
+
+@triton.jit
+def window(i, size, cells):
+    """Where adaptive pooling's cell i of ``cells`` begins and ends."""
+    return i * size // cells, ((i + 1) * size + cells - 1) // cells
 
 
 # --- from maps to distances -----------------------------------------------------------------------
 
 
 @triton.jit
-def load_map(address, q, exists, ACC: tl.constexpr):
-    return tl.load(address.to(tl.pointer_type(ACC)) + q, mask=exists, other=0).to(tl.float64)
-
-
-@triton.jit
 def statistics(
-    own, other, cells, mask, shape, n,
-    JS: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    table, row, own, other, cells, n,
+    JS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What both maps are divided by (l2: the norms; js: the sums), and how many positions count."""
     a, b = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    kept = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
         exists = q < cells
-        s, t = load_map(own, q, exists, ACC), load_map(other, q, exists, ACC)
+        s = tl.load(own + q, mask=exists, other=0).to(tl.float64)
+        t = tl.load(other + q, mask=exists, other=0).to(tl.float64)
         if JS:
             a += s
             b += t
-            kept += (keep_at(mask, shape, n, q, exists) & exists).to(tl.float64)
+            count += keep_at(table, row + 5, n, q, exists, MASK).to(tl.float64)
         else:
             a += s * s
             b += t * t
         begin += BLOCK
-    a, b, kept = tl.sum(a, 0), tl.sum(b, 0), tl.sum(kept, 0)
+    a, b, kept = tl.sum(a, 0), tl.sum(b, 0), tl.sum(count, 0)
     if not JS:
         a, b = tl.sqrt(a), tl.sqrt(b)
     return a, b, kept
@@ -188,7 +206,8 @@ def normalise(m, keep, size, kept, JS: tl.constexpr):
         uniform = keep.to(tl.float64) / tl.where(kept > 0, kept, 1.0)
         share = tl.where(size == 0, uniform, m / tl.where(size == 0, 1.0, size))
     else:
-        share = m / tl.where(size <= _EPS, _EPS, size)  # a NaN stays one
+        eps = tl.full((), _EPS, tl.float64)
+        share = m / tl.where(size <= eps, eps, size)  # a NaN stays one
     return share
 
 
@@ -199,34 +218,31 @@ def f_of(u):
     series = u * u * (0.5 + u * (-1 / 6 + u * (1 / 12 + u * (-1 / 20 + u * tail))))
     v = tl.where(u <= -1, 0.0, u)
     exact = tl.where(u <= -1, 1.0, (1 + v) * log1p(v) - v)
-    return tl.where(tl.abs(u) < _SERIES, series, exact)
+    return tl.where(tl.abs(u) < 0.02, series, exact)  # there the series is exact to rounding
 
 
 @triton.jit
 def distance_kernel(
     table, base: tl.int64, items: tl.int64, beta: tl.float64,
-    JS: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    JS: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: student's and teacher's maps [N, cells], out [N], cells, mask, mask's shape."""
+    """Row: student's and teacher's maps [N, cells], out [N], cells, mask."""
     row, n = locate(table, base, items, WIDTH, ITEMS)
-    size = 8 if ACC == tl.float64 else 4
     cells = tl.load(row + 4)
-    own = tl.load(row + 1) + n * cells * size
-    other = tl.load(row + 2) + n * cells * size
-    mask, shape = tl.load(row + 5), table + tl.load(row + 6)
-    a, b, kept = statistics(own, other, cells, mask, shape, n, JS, ACC, BLOCK)
+    own = tl.load(row + 1).to(tl.pointer_type(ACC)) + n * cells
+    other = tl.load(row + 2).to(tl.pointer_type(ACC)) + n * cells
+    a, b, kept = statistics(table, row, own, other, cells, n, JS, MASK, BLOCK)
     weight = tl.full((), beta, tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
         exists = q < cells
-        keep = exists
-        if JS:
-            keep = keep_at(mask, shape, n, q, exists) & exists
-        s = normalise(load_map(own, q, exists, ACC), keep, a, kept, JS)
-        t = normalise(load_map(other, q, exists, ACC), keep, b, kept, JS)
+        keep = keep_at(table, row + 5, n, q, exists, MASK if JS else 0)
+        s = tl.load(own + q, mask=exists, other=0).to(tl.float64)
+        t = tl.load(other + q, mask=exists, other=0).to(tl.float64)
+        s, t = normalise(s, keep, a, kept, JS), normalise(t, keep, b, kept, JS)
         if JS:
             mix = weight * s + (1 - weight) * t
             u = (s - t) / tl.where(mix == 0, 1.0, mix)
@@ -276,61 +292,57 @@ def slope_of(s, t, own, JS: tl.constexpr):
 def slope_kernel(
     table, base: tl.int64, items: tl.int64, grad_stride: tl.int64,
     scale: tl.float64, beta: tl.float64,
-    JS: tl.constexpr, ACC: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    JS: tl.constexpr, ACC: tl.constexpr, GRAD: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: own and other map [N, cells], out [N, cells], cells, mask, its shape, grad, side."""
+    """Row: own and other map [N, cells], out [N, cells], cells, mask, grad, side."""
     row, n = locate(table, base, items, WIDTH, ITEMS)
-    size = 8 if ACC == tl.float64 else 4
     cells = tl.load(row + 4)
-    own = tl.load(row + 1) + n * cells * size
-    other = tl.load(row + 2) + n * cells * size
+    own = tl.load(row + 1).to(tl.pointer_type(ACC)) + n * cells
+    other = tl.load(row + 2).to(tl.pointer_type(ACC)) + n * cells
     out = tl.load(row + 3).to(tl.pointer_type(ACC)) + n * cells
-    mask, shape = tl.load(row + 5), table + tl.load(row + 6)
-    a, b, kept = statistics(own, other, cells, mask, shape, n, JS, ACC, BLOCK)
+    grad = tl.load(tl.load(row + 7).to(tl.pointer_type(GRAD)) + n * grad_stride)
     weight = tl.full((), beta, tl.float64)
     weight = tl.where(tl.load(row + 8) == 0, weight, 1 - weight)
-    grad = tl.load(tl.load(row + 7).to(tl.pointer_type(GRAD)) + n * grad_stride)
-    # What a common factor of the map does to D: nothing, and below eps the norm is a constant.
+    a, b, kept = statistics(table, row, own, other, cells, n, JS, MASK, BLOCK)
+    # What a common factor of the map does to D: nothing, so the radial part goes.
     along = tl.zeros([BLOCK], tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
         exists = q < cells
-        keep = keep_at(mask, shape, n, q, exists) & exists
-        s = normalise(load_map(own, q, exists, ACC), keep, a, kept, JS)
-        t = normalise(load_map(other, q, exists, ACC), keep, b, kept, JS)
+        keep = keep_at(table, row + 5, n, q, exists, MASK)
+        s = tl.load(own + q, mask=exists, other=0).to(tl.float64)
+        t = tl.load(other + q, mask=exists, other=0).to(tl.float64)
+        s, t = normalise(s, keep, a, kept, JS), normalise(t, keep, b, kept, JS)
         along += s * slope_of(s, t, weight, JS)
         begin += BLOCK
     radial = tl.sum(along, 0)
+    factor = grad.to(tl.float64) * scale
     if JS:
-        divisor = tl.where(a == 0, 1.0, a)
-        factor = tl.where(a == 0, 0.0, grad.to(tl.float64) * scale)
-    else:
-        radial = tl.where(a <= _EPS, 0.0, radial)
-        divisor = tl.where(a <= _EPS, _EPS, a)
-        factor = grad.to(tl.float64) * scale
+        factor = tl.where(a == 0, 0.0, factor / tl.where(a == 0, 1.0, a))
+    else:  # below eps the norm is a constant
+        eps = tl.full((), _EPS, tl.float64)
+        radial = tl.where(a <= eps, 0.0, radial)
+        factor /= tl.where(a <= eps, eps, a)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
         exists = q < cells
-        keep = keep_at(mask, shape, n, q, exists) & exists
-        s = normalise(load_map(own, q, exists, ACC), keep, a, kept, JS)
-        t = normalise(load_map(other, q, exists, ACC), keep, b, kept, JS)
-        slope = slope_of(s, t, weight, JS)
-        if JS:
-            slope = (slope - radial) / divisor * factor
-        else:
-            slope = (slope - s * radial) / divisor * factor
-        tl.store(out + q, tl.where(keep, slope, 0.0).to(ACC), mask=exists)
+        keep = keep_at(table, row + 5, n, q, exists, MASK)
+        s = tl.load(own + q, mask=exists, other=0).to(tl.float64)
+        t = tl.load(other + q, mask=exists, other=0).to(tl.float64)
+        s, t = normalise(s, keep, a, kept, JS), normalise(t, keep, b, kept, JS)
+        d = slope_of(s, t, weight, JS) - (radial if JS else s * radial)
+        tl.store(out + q, tl.where(keep, d * factor, 0.0).to(ACC), mask=exists)
         begin += BLOCK
 
 
 @triton.jit
 def overlap(r, t, size, cells):
-    """1/(length of the t-th cell that may contain r), or 0 where it does not; and the cell."""
+    """The t-th cell that may contain r, and 1/its length, or 0 where it does not."""
     i = r * cells // size + t
-    lo, hi = i * size // cells, ((i + 1) * size + cells - 1) // cells
+    lo, hi = window(i, size, cells)
     inside = (i < cells) & (lo <= r) & (r < hi)
     return i, tl.where(inside, 1 / (hi - lo).to(tl.float64), 0.0)
 
@@ -338,9 +350,10 @@ def overlap(r, t, size, cells):
 @triton.jit
 def scatter_kernel(
     table, base: tl.int64, items: tl.int64,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: slopes [N, cells], out [N, positions], shape (as of gather_kernel).
+    """Row: slopes [N, cells], out [N, positions], shape (N, raw sizes, common sizes).
 
     A position lies in one cell or, where cells overlap, in two neighbours, in each dimension.
     """
@@ -348,66 +361,77 @@ def scatter_kernel(
     slopes = tl.load(row + 1).to(tl.pointer_type(ACC))
     out = tl.load(row + 2).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 3)
-    samples = tl.load(shape + 1)
-    r0, r1, r2 = tl.load(shape + 2), tl.load(shape + 3), tl.load(shape + 4)
-    s0, s1, s2 = tl.load(shape + 5), tl.load(shape + 6), tl.load(shape + 7)
-    e = program * BLOCK + tl.arange(0, BLOCK)
-    exists = e < samples * r0 * r1 * r2
-    n, q = e // (r0 * r1 * r2), e % (r0 * r1 * r2)
+    r0, r1, r2 = tl.load(shape + 1), tl.load(shape + 2), tl.load(shape + 3)
+    s0, s1, s2 = tl.load(shape + 4), tl.load(shape + 5), tl.load(shape + 6)
+    e = program.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    exists = e < tl.load(shape) * r0 * r1 * r2
+    n, q = e // (r0 * r1 * r2).to(INDEX), e % (r0 * r1 * r2).to(INDEX)
+    i, j, k = q // (r1 * r2).to(INDEX), q // r2.to(INDEX) % r1.to(INDEX), q % r2.to(INDEX)
     total = tl.zeros([BLOCK], tl.float64)
-    choice = samples * 0
-    while choice < 8:
-        i, wi = overlap(q // (r1 * r2), choice // 4, r0, s0)
-        j, wj = overlap(q // r2 % r1, choice // 2 % 2, r1, s1)
-        k, wk = overlap(q % r2, choice % 2, r2, s2)
-        weight = wi * wj * wk
-        at = ((n * s0 + i) * s1 + j) * s2 + k
-        slope = tl.load(slopes + at, mask=exists & (weight != 0), other=0).to(tl.float64)
-        total += slope * weight
-        choice += 1
+    for a in tl.static_range(2):
+        ia, wi = overlap(i, a, r0.to(INDEX), s0.to(INDEX))
+        for b in tl.static_range(2):
+            jb, wj = overlap(j, b, r1.to(INDEX), s1.to(INDEX))
+            for c in tl.static_range(2):
+                kc, wk = overlap(k, c, r2.to(INDEX), s2.to(INDEX))
+                weight = wi * wj * wk
+                at = ((n.to(tl.int64) * s0 + ia) * s1 + jb) * s2 + kc
+                slope = tl.load(slopes + at, mask=exists & (weight != 0), other=0)
+                total += slope.to(tl.float64) * weight
     tl.store(out + e, total.to(ACC), mask=exists)
 
 
 @triton.jit
 def spread_kernel(
     table, base: tl.int64, items: tl.int64, p: tl.float64,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, POWER: tl.constexpr,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, POWER: tl.constexpr, PERIODIC: tl.constexpr,
     ORDER: tl.constexpr, VECTOR: tl.constexpr, CB: tl.constexpr, QB: tl.constexpr,
-    WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    RUNS: tl.constexpr, INDEX: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Row: x, dx, slopes [N, period], shape. p: the power less one. Leading tokens get 0."""
+    """Row: x, dx, slopes [N, positions less the leading ones], shape. p: the power less one.
+
+    PERIODIC: positions may be those of several channels, or lead, in which case dx is 0.
+    """
     row, program = locate(table, base, items, WIDTH, ITEMS)
     x = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     dx = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     slopes = tl.load(row + 3).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 4)
-    n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB)
-    period, lead = tl.load(shape + 3), tl.load(shape + 7)
-    within = q % (period + lead) - lead
-    live = exists & (within >= 0)
-    slope = tl.load(slopes + n * period + within, mask=live, other=0)
-    slope = slope[:, None] if ORDER == 1 else slope[None, :]
-    live = live[:, None] if ORDER == 1 else live[None, :]
-    at = offsets(shape + 8, n, q, ORDER, VECTOR)
-    to = offsets(shape + 15, n, q, ORDER, VECTOR)
-    stride_c = tl.multiple_of(tl.load(shape + 9), VECTOR if ORDER == 0 else 1)
-    to_stride_c = tl.multiple_of(tl.load(shape + 16), VECTOR if ORDER == 0 else 1)
-    begin = tl.multiple_of(split * tl.load(shape + 6), VECTOR)
-    end = tl.minimum(begin + tl.load(shape + 6), tl.load(shape + 1))
+    n, q, live, split = tile_of(shape, program, ORDER, VECTOR, QB, INDEX)
+    exists = live
+    positions, lead = tl.load(shape + 6), tl.load(shape + 7)
+    if PERIODIC:
+        within = q % positions.to(INDEX) - lead
+        live = exists & (within >= 0)
+        sample = n if ORDER == 0 else q // positions.to(INDEX)
+        slope = tl.load(slopes + sample * (positions - lead) + within, mask=live, other=0)
+    else:
+        slope = tl.load(slopes + n * positions + q, mask=exists, other=0)
+    at = offsets(shape + 9, n, q, ORDER, VECTOR, RUNS)
+    to = offsets(shape + 18, n, q, ORDER, VECTOR, RUNS)
+    stride_c = tl.multiple_of(tl.load(shape + 8), VECTOR if ORDER == 0 else 1)
+    to_stride_c = tl.multiple_of(tl.load(shape + 17), VECTOR if ORDER == 0 else 1)
+    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR)
+    end = tl.minimum(begin + tl.load(shape + 2), tl.load(shape + 3))
     end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
     step = begin * 0
     while begin + step * CB < end:
         c = begin + step * CB + tl.arange(0, CB)
-        mask = tile_mask(exists, c < end, ORDER)
-        value = tl.load(x + tile(at, c, stride_c, ORDER), mask=mask, other=0)
-        value = widen(value, ACC)
-        if POWER == 2:
-            d = slope * value
+        if ORDER == 1:
+            mask, alive, k = exists[:, None] & (c < end)[None, :], live[:, None], slope[:, None]
+            i, o = at[:, None] + c[None, :], to[:, None] + c[None, :]
         else:
-            sign = tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value)).to(ACC)
-            d = slope * sign if POWER == 1 else slope * sign * power(value, p, POWER)
-        d = tl.where((value == 0) | (live == 0), 0.0, d)
-        tl.store(dx + tile(to, c, to_stride_c, ORDER), narrow(d, DTYPE), mask=mask)
+            mask, alive, k = exists[None, :] & (c < end)[:, None], live[None, :], slope[None, :]
+            i, o = at[None, :] + c[:, None] * stride_c, to[None, :] + c[:, None] * to_stride_c
+        value = widen(tl.load(x + i, mask=mask, other=0), ACC)
+        if POWER == 2:
+            d = k * value
+        else:
+            d = k * tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value)).to(ACC)
+        if POWER == 0:
+            d *= power(value, p, POWER)
+        d = tl.where((value != 0) & alive, d, 0.0).to(ACC)
+        tl.store(dx + o, narrow(d, DTYPE), mask=mask)
         step += 1
 
 
@@ -415,7 +439,7 @@ def spread_kernel(
 
 
 def _read(x: Tensor, layout: Sequence[int], lead: bool = False) -> View:
-    """View x as its layout says; ``lead``: with the leading tokens, space as one run."""
+    """View x as its layout says; ``lead``: with the leading tokens, space as one dimension."""
     channel, prefix, h, w = layout
     sizes, strides = x.shape, x.stride()
     address, size, stride = x.data_ptr(), [1, 1, 1], [0, 0, 0]
@@ -436,16 +460,20 @@ def _read(x: Tensor, layout: Sequence[int], lead: bool = False) -> View:
     )  # fmt: skip
 
 
-def _mask_words(plan: Plan, mask: Sequence[Tensor], layer: int) -> tuple[int, int]:
-    """(address, place of its strides) of a layer's mask; address 0: none."""
-    if not mask or mask[layer].dim() < 2:
-        return 0, plan.share((0, 1, 1, 0, 0, 0))
-    m = mask[layer]
-    view = View(
-        m.data_ptr(), m.dtype, m.shape[0], 1, (1,) * (4 - m.dim()) + tuple(m.shape[1:]),
-        m.stride(0), 0, (0,) * (4 - m.dim()) + m.stride()[1:],
-    )  # fmt: skip
-    return view.address, plan.share((view.stride_n, *space_words(view.runs())))
+class _Masks:
+    """The masks of a call in the table: (address, place of their words) of each layer."""
+
+    def __init__(self, plan: Plan, mask: Sequence[Tensor]) -> None:
+        self.plan, self.mask = plan, mask
+        given = [merge(m.shape[1:], m.stride()[1:]) for m in mask if m.dim() > 1]
+        self.dims = max(map(len, given), default=0)
+
+    def __getitem__(self, layer: int) -> tuple[int, int]:
+        if not self.mask or self.mask[layer].dim() < 2:
+            return 0, self.plan.share((0, *place_words([])))
+        m = self.mask[layer]
+        words = place_words(merge(m.shape[1:], m.stride()[1:]))
+        return m.data_ptr(), self.plan.share((m.stride(0), *words))
 
 
 def _wide(*lists: Sequence[Tensor]) -> bool:
@@ -456,68 +484,56 @@ def _dtype(wide: bool) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def _block(count: int) -> int:
+    return 128 if count <= 128 else 1024
+
+
+def _pool_index(n: int, raw: Sequence[int], space: Sequence[int]) -> tl.dtype:
+    """The integers of pooling, where a cell's number is multiplied by a size."""
+    products = ((s + 1) * (r + 1) for r, s in zip(raw, space, strict=True))
+    return index_of(max(n * raw[0] * raw[1] * raw[2], *products))
+
+
 class _Maps:
     """The maps of a call: first all sums over channels, then what is left to gather."""
 
-    def __init__(self, plan: Plan, p: float) -> None:
-        self.plan, self.p = plan, float(p)
-        self._gathers: list[tuple[Any, ...]] = []
+    def __init__(self, plan: Plan, p: float, masks: _Masks) -> None:
+        self.plan, self.p, self.masks = plan, float(p), masks
+        self._gathers: list[Any] = []
         self._scratch: list[Tensor] = []
 
     def add(
-        self, x: View, vector: int, walk: Walk, wide: bool, space: Sequence[int], out: int,
-        mask: tuple[int, int], like: Tensor,
+        self, x: View, walk: Walk, vector: int, like: Tensor, space: tuple[int, ...],
+        keep: tuple[int, int], out: int,
     ) -> None:  # fmt: skip
-        """Reduce x to its map [N, *space] at address ``out``."""
+        """Reduce x to its map [N, *space] at address ``out``; ``like``: of the maps' dtype."""
         programs, splits, words = walk.shape([x], 0, target=1024, longest=1 << 40)
-        parts = splits * walk.fold
-        raw = out
-        if parts > 1 or tuple(space) != x.size or mask[0]:
-            scratch = like.new_empty(parts * x.n * x.positions, dtype=_dtype(wide))
-            self._scratch.append(scratch)
-            raw = scratch.data_ptr()
-            self._gathers.append((parts, x, wide, tuple(space), raw, out, mask))
+        parts, raw = splits * walk.fold, out
+        if parts > 1 or space != x.size or keep[0]:
+            self._scratch.append(like.new_empty(parts * x.n * x.positions))
+            raw = self._scratch[-1].data_ptr()
+            self._gathers.append((x, parts, like.dtype, space, keep, raw, out))
         self.plan.add(
             maps_kernel, programs, (x.address, raw, self.plan.share(words)),
-            p=self.p, DTYPE=DTYPES[x.dtype], ACC=DTYPES[_dtype(wide)], POWER=power_of(self.p),
-            ORDER=walk.order, VECTOR=vector, CB=walk.channels, QB=walk.positions,
+            p=self.p, DTYPE=DTYPES[x.dtype], ACC=DTYPES[like.dtype], POWER=power_of(self.p),
+            **walk.constants([x], vector),
         )  # fmt: skip
 
     def gather(self) -> None:
-        for parts, x, wide, space, raw, out, mask in self._gathers:
-            shape = self.plan.share((parts, *_pool_words(x.n, x.size, space)))
-            cells = x.n * space[0] * space[1] * space[2]
+        for x, parts, dtype, space, keep, raw, out in self._gathers:
+            cells = space[0] * space[1] * space[2]
+            windows = (1 if r == s else -(-r // s) + 1 for r, s in zip(x.size, space, strict=True))
+            shape = self.plan.share((parts, x.n, cells, *x.size, *space, *windows))
             self.plan.add(
-                gather_kernel, -(-cells // _FLAT), (raw, out, shape, *mask),
-                ACC=DTYPES[_dtype(wide)], BLOCK=_FLAT,
+                gather_kernel, -(-x.n * cells // _FLAT), (raw, out, shape, *keep),
+                ACC=DTYPES[dtype], POOLED=space != x.size, MASK=self.masks.dims,
+                INDEX=_pool_index(x.n, x.size, space), BLOCK=_FLAT,
             )  # fmt: skip
 
 
-def _pool_words(n: int, raw: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
-    """N, raw sizes, common sizes, the largest window in each dimension."""
-    windows = (1 if r == s else -(-r // s) + 1 for r, s in zip(raw, space, strict=True))
-    return (n, *raw, *space, *windows)
-
-
-def _block(cells: int) -> int:
-    return 128 if cells <= 128 else 1024
-
-
-def forward(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Sequence[Tensor],
-    student_layout: Sequence[int],
-    teacher_layout: Sequence[int],
-    p: float,
-    divergence: int,
-    beta: float,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """lwkd::attention: the distances and the maps that they were taken of."""
-    plan, distance, flat, _ = plan_forward(
-        student, teacher, mask, student_layout, teacher_layout, p, divergence, beta, mean
-    )
+    plan, distance, flat, _ = plan_forward(*args)
     plan.run()
     return distance, flat
 
@@ -533,9 +549,9 @@ def plan_forward(
     beta: float,
     mean: bool,
 ) -> tuple[Plan, Tensor, Tensor, Any]:
-    """Allocate and plan :func:`forward`; the last item keeps what the plan needs alive."""
-    like, wide = student[0], _wide(student, teacher)
-    n, dtype = like.shape[0], _dtype(wide)
+    """Plan :func:`forward`, allocate its results; the last item keeps what the plan needs alive."""
+    like, n = student[0], student[0].shape[0]
+    dtype = _dtype(_wide(student, teacher))
     pairs = [
         (_read(s, student_layout[4 * i : 4 * i + 4]), _read(t, teacher_layout[4 * i : 4 * i + 4]))
         for i, (s, t) in enumerate(zip(student, teacher, strict=True))
@@ -549,25 +565,26 @@ def plan_forward(
         return plan, like.new_zeros(shape, dtype=dtype), flat, None
     distance = like.new_empty(shape, dtype=dtype)
     each = like.new_empty((len(pairs), n), dtype=torch.float64) if mean else distance
-    maps, rows, at, step = _Maps(plan, p), [], flat.data_ptr(), flat.element_size()
+    masks = _Masks(plan, mask)
+    maps, rows, at, step = _Maps(plan, p, masks), [], flat.data_ptr(), flat.element_size()
     for i, (pair, space) in enumerate(zip(pairs, spaces, strict=True)):
-        keep = _mask_words(plan, mask, i)
-        walks = [Walk.of([x], wide) for x in pair]
-        # One width for both: a load's width decides how a tile is summed, and a layer's distance
-        # to an equal one must be exactly 0 wherever the two lie in memory.
-        vectors = [walk.vector([x]) for walk, x in zip(walks, pair, strict=True)]
-        vectors = [min(vectors)] * 2 if pair[0].dtype == pair[1].dtype else vectors
-        ends = at, at + n * cells[i] * step
+        keep, ends = masks[i], (at, at + n * cells[i] * step)
         at += 2 * n * cells[i] * step
-        if cells[i]:
-            for x, vector, walk, out in zip(pair, vectors, walks, ends, strict=True):
-                maps.add(x, vector, walk, wide, space, out, keep, like)
+        walks = [Walk.of([x], dtype == torch.float64) for x in pair]
+        vectors = [walk.vector([x]) for walk, x in zip(walks, pair, strict=True)]
+        if pair[0].dtype == pair[1].dtype:
+            # A load's width decides how a tile is summed, and equal maps must come out equal
+            # wherever the two lie in memory.
+            vectors = [min(vectors)] * 2
+        for x, walk, vector, out in zip(pair, walks, vectors, ends, strict=True):
+            if cells[i]:
+                maps.add(x, walk, vector, flat, space, keep, out)
         rows.append((*ends, each[i].data_ptr(), cells[i], *keep))
     maps.gather()
     for row in rows:
         plan.add(
             distance_kernel, n, row, beta=float(beta), JS=bool(divergence), ACC=DTYPES[dtype],
-            OUT=DTYPES[each.dtype], BLOCK=_block(max(cells)),
+            OUT=DTYPES[each.dtype], MASK=masks.dims, BLOCK=_block(max(cells)),
         )  # fmt: skip
     for i in range(len(pairs) if mean else 0):
         row = (each[i].data_ptr(), distance[i].data_ptr(), n)
@@ -575,9 +592,9 @@ def plan_forward(
     return plan, distance, flat, (each, maps)
 
 
-def maps(xs: Sequence[Tensor], channel_dims: Sequence[int], p: float) -> list[Tensor]:
+def maps(*args: Any) -> list[Tensor]:
     """lwkd::attention_maps: Σ_c |x|^p of every tensor."""
-    plan, outs, _ = plan_maps(xs, channel_dims, p)
+    plan, outs, _ = plan_maps(*args)
     plan.run()
     return outs
 
@@ -585,39 +602,25 @@ def maps(xs: Sequence[Tensor], channel_dims: Sequence[int], p: float) -> list[Te
 def plan_maps(
     xs: Sequence[Tensor], channel_dims: Sequence[int], p: float
 ) -> tuple[Plan, list[Tensor], Any]:
-    """Allocate and plan :func:`maps`."""
+    """Plan :func:`maps`, allocate its results; the last item keeps what the plan needs alive."""
     plan = Plan(xs[0].device)
-    sums, outs = _Maps(plan, p), []
+    masks = _Masks(plan, ())
+    sums, outs = _Maps(plan, p, masks), []
     for x, channel in zip(xs, channel_dims, strict=True):
         view, wide = _read(x, (channel, 0, 0, 0)), _wide([x])
         sizes = [s for d, s in enumerate(x.shape) if d != channel]
         out = x.new_empty(sizes, dtype=_dtype(wide))
+        outs.append(out)
         if out.numel():
             walk = Walk.of([view], wide)
-            none = _mask_words(plan, (), 0)
-            sums.add(view, walk.vector([view]), walk, wide, view.size, out.data_ptr(), none, x)
-        outs.append(out)
+            sums.add(view, walk, walk.vector([view]), out, view.size, masks[0], out.data_ptr())
     sums.gather()
     return plan, outs, sums
 
 
-def backward(
-    grad: Tensor,
-    xs: Sequence[Tensor],
-    mask: Sequence[Tensor],
-    maps: Tensor,
-    layers: Sequence[int],
-    sides: Sequence[int],
-    layout: Sequence[int],
-    space: Sequence[int],
-    p: float,
-    divergence: int,
-    beta: float,
-) -> list[Tensor]:
+def backward(*args: Any) -> list[Tensor]:
     """lwkd::attention_backward: the gradients of ``xs``."""
-    plan, grads, _ = plan_backward(
-        grad, xs, mask, maps, layers, sides, layout, space, p, divergence, beta
-    )
+    plan, grads, _ = plan_backward(*args)
     plan.run()
     return grads
 
@@ -635,49 +638,47 @@ def plan_backward(
     divergence: int,
     beta: float,
 ) -> tuple[Plan, list[Tensor], Any]:
-    """Allocate and plan :func:`backward`."""
-    dtype, p = maps.dtype, float(p)
-    wide, step = dtype == torch.float64, maps.element_size()
+    """Plan :func:`backward`, allocate its results; the last item keeps what it needs alive."""
+    n, step, acc = xs[0].shape[0], maps.element_size(), DTYPES[maps.dtype]
     spaces = [tuple(space[i : i + 3]) for i in range(0, len(space), 3)]
     cells = [a * b * c for a, b, c in spaces]
-    plan, keep_alive = Plan(maps.device), []
-    slopes, scatters, spreads, grads = [], [], [], []
+    plan = Plan(maps.device)
+    masks, keep_alive, slopes, scatters, spreads, grads = _Masks(plan, mask), [], [], [], [], []
     for i, (x, layer, side) in enumerate(zip(xs, layers, sides, strict=True)):
-        dx, how, n = torch.empty_like(x), layout[4 * i : 4 * i + 4], x.shape[0]
-        grads.append(dx)
-        raw, size = _read(x, how), n * cells[layer]
+        grads.append(torch.empty_like(x))
+        how, size = layout[4 * i : 4 * i + 4], n * cells[layer]
+        raw = _read(x, how)
         if x.numel() == 0 or size == 0:
-            dx.zero_()
+            grads[i].zero_()
             continue
-        pooled = raw.size != spaces[layer]
-        slope = maps.new_empty(size + (n * raw.positions if pooled else 0))
-        keep_alive.append(slope)
-        start = slope.data_ptr()
+        pooled = n * raw.positions if raw.size != spaces[layer] else 0
+        keep_alive.append(maps.new_empty(size + pooled))
+        slope = keep_alive[-1].data_ptr()
         first = maps.data_ptr() + 2 * n * sum(cells[:layer]) * step
-        ends = first + side * size * step, first + (1 - side) * size * step
+        ends = (first + side * size * step, first + (1 - side) * size * step)
         at = grad.data_ptr() + layer * grad.stride(0) * grad.element_size()
-        slopes.append((*ends, start, cells[layer], *_mask_words(plan, mask, layer), at, side))
+        slopes.append((*ends, slope, cells[layer], *masks[layer], at, side))
         if pooled:
-            shape = plan.share((1, *_pool_words(n, raw.size, spaces[layer])))
-            scatters.append((n * raw.positions, (start, start + size * step, shape)))
-            start += size * step
-        spreads.append((_read(x, how, lead=True), _read(dx, how, lead=True), start, how))
+            shape = plan.share((n, *raw.size, *spaces[layer]))
+            index = _pool_index(n, raw.size, spaces[layer])
+            scatters.append((pooled, (slope, slope + size * step, shape), index))
+            slope += size * step
+        views = [_read(x, how, lead=True), _read(grads[i], how, lead=True)]
+        spreads.append((views, how[1] if how[2] else 0, slope))
     for row in slopes:
         plan.add(
-            slope_kernel, xs[0].shape[0], row, grad_stride=grad.stride(1) if grad.dim() > 1 else 0,
-            scale=p / max(xs[0].shape[0], 1) if grad.dim() == 1 else p, beta=float(beta),
-            JS=bool(divergence), ACC=DTYPES[dtype], GRAD=DTYPES[grad.dtype],
-            BLOCK=_block(max(cells)),
+            slope_kernel, n, row, grad_stride=grad.stride(1) if grad.dim() > 1 else 0,
+            scale=float(p) / (n if grad.dim() == 1 else 1), beta=float(beta), JS=bool(divergence),
+            ACC=acc, GRAD=DTYPES[grad.dtype], MASK=masks.dims, BLOCK=_block(max(cells)),
         )  # fmt: skip
-    for count, row in scatters:
-        plan.add(scatter_kernel, -(-count // _FLAT), row, ACC=DTYPES[dtype], BLOCK=_FLAT)
-    for x, dx, start, how in spreads:
-        walk = Walk.of([x, dx], wide)
-        lead = how[1] if how[2] else 0
-        programs, _, words = walk.shape([x, dx], lead, target=1, longest=4)
+    for count, row, index in scatters:
+        plan.add(scatter_kernel, -(-count // _FLAT), row, ACC=acc, INDEX=index, BLOCK=_FLAT)
+    for views, lead, slope in spreads:
+        walk = Walk.of(views, maps.dtype == torch.float64)
+        programs, _, words = walk.shape(views, lead, target=2048, longest=4)
         plan.add(
-            spread_kernel, programs, (x.address, dx.address, start, plan.share(words)),
-            p=p - 1, DTYPE=DTYPES[x.dtype], ACC=DTYPES[dtype], POWER=power_of(p),
-            ORDER=walk.order, VECTOR=walk.vector([x, dx]), CB=walk.channels, QB=walk.positions,
+            spread_kernel, programs, (*(v.address for v in views), slope, plan.share(words)),
+            p=p - 1.0, DTYPE=DTYPES[views[0].dtype], ACC=acc, POWER=power_of(p),
+            PERIODIC=walk.order == PLANE or lead > 0, **walk.constants(views, walk.vector(views)),
         )  # fmt: skip
     return plan, grads, keep_alive

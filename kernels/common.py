@@ -5,11 +5,12 @@ int64 words on the device: addresses, sizes, strides. Kernel arguments carry it 
 words a launch of ``write_table``: a copy from the host would either wait for the device or read
 memory that a captured graph no longer owns, and operands passed as kernel arguments would compile
 once more for every other list of layers. Addresses are read from the table, so whoever adds a row
-keeps its tensors alive until ``Plan.run`` has returned; after that the stream's order protects them.
+keeps its tensors alive until ``Plan.run`` has returned; after that the order of the stream does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from math import gcd
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ DTYPES = {
 
 # How a tensor lies in memory: positions of a sample side by side, channels side by side, neither.
 PLANE, ROWS, ANY = 0, 1, 2
-_PLANE, _ROWS = tl.constexpr(PLANE), tl.constexpr(ROWS)
+_PLANE = tl.constexpr(PLANE)
 
 # --- the table ------------------------------------------------------------------------------------
 
@@ -156,28 +157,38 @@ class View(NamedTuple):
         return self.size[0] * self.size[1] * self.size[2]
 
     def runs(self) -> list[tuple[int, int]]:
-        """(size, stride) of space with dimensions merged where memory allows, outermost first."""
-        out: list[tuple[int, int]] = []
-        for size, stride in zip(self.size, self.stride, strict=True):
-            if out and size > 1 and out[-1][1] == size * stride:
-                out[-1] = (out[-1][0] * size, stride)
-            elif size > 1:
-                out.append((size, stride))
-        return out
+        """Space in as few dimensions as memory allows."""
+        return merge(self.size, self.stride)
 
-    def words(self, fold: int = 1) -> tuple[int, ...]:
-        """Strides of sample and channel, then what ``place`` reads."""
-        return (self.stride_n, self.stride_c * fold, *space_words(self.runs()))
+    def all_runs(self) -> list[tuple[int, int]]:
+        """Samples and space in as few dimensions as memory allows."""
+        return merge((self.n, *self.size), (self.stride_n, *self.stride))
 
 
-def space_words(runs: list[tuple[int, int]]) -> tuple[int, ...]:
-    """Sizes of the inner and the middle run, strides of the outer, middle and inner one."""
-    (_, outer), (middle, step), (inner, unit) = [(1, 0)] * (3 - len(runs)) + runs
-    return inner, middle, outer, step, unit
+def merge(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, stride) of dimensions joined where they lie behind each other, innermost first."""
+    out: list[tuple[int, int]] = []
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if out and size > 1 and stride == out[-1][0] * out[-1][1]:
+            out[-1] = (size * out[-1][0], out[-1][1])
+        elif size > 1:
+            out.append((size, stride))
+    return out or [(1, 1)]
+
+
+def place_words(runs: list[tuple[int, int]]) -> tuple[int, ...]:
+    """What ``place`` reads: stride and size of four dimensions, innermost first."""
+    runs = runs + [(1, 0)] * (4 - len(runs))
+    return tuple(w for size, stride in runs for w in (stride, size))
 
 
 def element_size(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float64 else 4 if dtype == torch.float32 else 2
+
+
+def index_of(count: int) -> tl.dtype:
+    """The integers that number ``count`` things: a 64-bit division costs four 32-bit ones."""
+    return tl.int32 if count < 2**31 - 2**16 else tl.int64
 
 
 class Walk(NamedTuple):
@@ -199,10 +210,8 @@ class Walk(NamedTuple):
         c, p = views[0].c, views[0].positions
         size = max(element_size(v.dtype) for v in views)
         tile = 2048 if wide else 16384 // size
-        runs = [v.runs() for v in views]
-        unit = all(not r or (len(r) == 1 and r[0][1] == 1) for r in runs)
-        rows = c > 1 and all(v.stride_c == 1 for v in views)
-        if rows and not (unit and p >= 8):
+        unit = all(len(r) == 1 and r[0][1] == 1 for r in (v.runs() for v in views))
+        if c > 1 and all(v.stride_c == 1 for v in views) and not (unit and p >= 8):
             channels = 64 if c <= 128 else 256
             return cls(ROWS, 1, channels, tile // channels)
         fold = 1
@@ -218,14 +227,27 @@ class Walk(NamedTuple):
         if self.order == ANY:
             return 1
         for v in views:
-            steps = [v.stride_n if v.n > 1 else 0]
             if self.order == PLANE:
-                steps += [v.positions * self.fold, v.stride_c * self.fold if v.c > 1 else 0]
+                steps = [v.positions * self.fold, v.stride_c * self.fold if v.c > 1 else 0]
+                steps.append(v.stride_n if v.n > 1 else 0)
             else:
-                steps += [v.c, *(stride for _, stride in v.runs())]
+                steps = [v.c, *(stride for _, stride in v.all_runs())]
             if v.address % 16 or any(s % vector for s in steps):
                 return 1
         return vector
+
+    def constants(self, views: list[View], vector: int) -> dict[str, Any]:
+        """The constants of a kernel that walks so."""
+        x = views[0]
+        plane = self.order == PLANE
+        return {
+            "ORDER": self.order,
+            "VECTOR": vector,
+            "CB": self.channels,
+            "QB": self.positions,
+            "RUNS": 1 if plane else max(len(v.all_runs()) for v in views),
+            "INDEX": index_of(x.positions * self.fold if plane else x.n * x.positions),
+        }
 
     def shape(
         self, views: list[View], lead: int, target: int, longest: int
@@ -242,10 +264,10 @@ class Walk(NamedTuple):
         splits = min(max(-(-target // max(samples * tiles, 1)), -(-steps // longest), 1), steps)
         chunk = -(-steps // splits)
         splits = -(-steps // chunk)
-        period = x.positions - lead
-        words = (x.n, c, p, period, tiles, splits, chunk * self.channels, lead)
+        words = (tiles, splits, chunk * self.channels, c, positions, x.n, x.positions, lead)
         for v in views:
-            words += v.words(self.fold)
+            runs = [(1, v.stride_n)] if self.order == PLANE else v.all_runs()
+            words += (v.stride_c * self.fold, *place_words(runs))
         return samples * splits * tiles, splits, words
 
 
@@ -259,63 +281,48 @@ def _fold(c: int, p: int, size: int, rows: int) -> int:
 
 
 # --- tiles, as kernels see them -------------------------------------------------------------------
-# The words of a shape: samples, channels, positions, period, tiles, splits, chunk, lead, then seven
-# words a view. Samples and positions are one dimension unless the order is PLANE. VECTOR tells the
-# compiler which numbers it divides; a hint holds for the result of an operation in the same
-# function, not for a parameter and not for what a loop carries.
+# The words of a shape: tiles, splits, channels of a split, channels, positions to be tiled (of a
+# sample if the order is PLANE, else of all), samples, positions of a sample without fold, lead;
+# then for each view: channel stride, and what ``place`` reads (PLANE: the sample stride).
+# VECTOR tells the compiler what divides numbers that it cannot know. Such a hint holds for the
+# result of an operation in the same function: not for a parameter, not for what a loop carries.
 
 
 @triton.jit
-def place(space, q):
-    """Where position q lies, from the five words of ``space_words``."""
-    inner, middle = tl.load(space), tl.load(space + 1)
-    rest = q // inner
-    offset = (rest // middle) * tl.load(space + 2) + (rest % middle) * tl.load(space + 3)
-    return offset + (q % inner) * tl.load(space + 4)
+def place(dims, q, RUNS: tl.constexpr, VECTOR: tl.constexpr):
+    """Where position q lies, from the words of ``place_words``."""
+    at = tl.zeros_like(q).to(tl.int64)
+    for i in tl.static_range(RUNS - 1):
+        size = tl.load(dims + 2 * i + 1).to(q.dtype)
+        at += (q % size).to(tl.int64) * tl.multiple_of(tl.load(dims + 2 * i), VECTOR)
+        q = q // size
+    return at + q.to(tl.int64) * tl.multiple_of(tl.load(dims + 2 * (RUNS - 1)), VECTOR)
 
 
 @triton.jit
-def tile_of(shape, program, ORDER: tl.constexpr, VECTOR: tl.constexpr, QB: tl.constexpr):
-    """(sample, position, whether they exist, split) of the tile's positions."""
-    positions, tiles = tl.load(shape + 2), tl.load(shape + 4)
-    splits = tl.load(shape + 5)
-    at = (program % tiles) * QB + tl.arange(0, QB)
+def tile_of(
+    shape, program,
+    ORDER: tl.constexpr, VECTOR: tl.constexpr, QB: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """(sample, positions, whether they exist, split) of a tile; sample 0 unless PLANE."""
+    program = program.to(tl.int32)
+    tiles, splits = tl.load(shape).to(tl.int32), tl.load(shape + 1).to(tl.int32)
     part = program // tiles
+    q = (program % tiles).to(INDEX) * QB + tl.arange(0, QB)
+    positions = tl.load(shape + 4).to(INDEX)
     if ORDER == _PLANE:
-        n, q, exists = part // splits, at, at < tl.multiple_of(positions, VECTOR)
-    else:
-        n, q, exists = at // positions, at % positions, at < tl.load(shape) * positions
-    return n, q, exists, part % splits
+        positions = tl.multiple_of(positions, VECTOR)
+    return (part // splits).to(tl.int64), q, q < positions, (part % splits).to(tl.int64)
 
 
 @triton.jit
-def offsets(view, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the tile's positions lie, in elements; ``view``: the seven words of a view."""
+def offsets(dims, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr, RUNS: tl.constexpr):
+    """Where the tile's positions lie, in elements."""
     if ORDER == _PLANE:
-        at = tl.multiple_of(n * tl.load(view), VECTOR) + q
+        at = n * tl.multiple_of(tl.load(dims), VECTOR) + q
     else:
-        at = tl.multiple_of(n * tl.load(view) + place(view + 2, q), VECTOR)
+        at = place(dims, q, RUNS, VECTOR)
     return at
-
-
-@triton.jit
-def tile(offset, c, stride_c, ORDER: tl.constexpr):
-    """Offsets of a tile: [channels, positions], ROWS: [positions, channels]."""
-    if ORDER == _ROWS:
-        at = offset[:, None] + c[None, :]
-    else:
-        at = offset[None, :] + c[:, None] * stride_c
-    return at
-
-
-@triton.jit
-def tile_mask(exists, inside, ORDER: tl.constexpr):
-    """Where a tile exists, from where its positions and its channels do."""
-    if ORDER == _ROWS:
-        mask = exists[:, None] & inside[None, :]
-    else:
-        mask = exists[None, :] & inside[:, None]
-    return mask
 
 
 # --- powers ---------------------------------------------------------------------------------------
@@ -339,7 +346,7 @@ def narrow(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest even: the interpreter cuts bfloat16 off."""
     if x.dtype == DTYPE:
         y = x
-    elif _INTERPRET and DTYPE == tl.bfloat16:
+    elif _INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         y = tl.where(x == x, even, (bits >> 16) | 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)

@@ -57,7 +57,7 @@ def versions() -> dict[str, str | None]:
         "lwkd": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torch's CUDA": torch.version.cuda,
+        "torch_cuda": torch.version.cuda,
         "triton": triton,
     }
 
@@ -117,7 +117,7 @@ def _print(facts: dict[str, Any]) -> None:
     rows.append(("CPU kernels run at", facts["cpu_level"] or "not loaded"))
     rows += [(f"device {name}", text) for name, text in facts["devices"].items()]
     rows += [(f"built with: {k}", v) for k, v in facts["build"].items() if v]
-    table.show(("", ""), rows, title=f"lwkd {__version__}")
+    table.show(("what", "is"), rows, title="this installation")
     header = ("op", "device", "served by", *backends.BACKENDS)
     table.show(
         header,

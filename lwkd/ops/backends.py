@@ -99,6 +99,7 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"lwkd.kernels.{name}")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (``TRITON_INTERPRET=1``)."""
     return TRITON.live and bool(kernels("common").INTERPRET)

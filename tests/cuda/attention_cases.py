@@ -93,6 +93,8 @@ def canonical(x: Tensor, layout: Sequence[int]) -> Tensor:
 def _pool(m: Tensor, space: Sequence[int]) -> Tensor:
     if list(m.shape[1:]) == list(space):
         return m
+    if 0 in space or 0 in m.shape:
+        return m[(slice(None), *(slice(0, s) for s in space))]
     pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(space) - 1]
     return pool(m.unsqueeze(1), tuple(space)).squeeze(1)
 

@@ -365,7 +365,8 @@ def test_gradient_strides(gpu: Emulated) -> None:
 
 def _sparse(count: int, *shape_and_strides: tuple[int, ...]) -> torch.Tensor:
     """A float16 tensor over `count` elements of memory that exists only where it is touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python 3.11 does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     memory = mmap.mmap(-1, 2 * count, flags=flags)
     return torch.frombuffer(memory, dtype=torch.float16).as_strided(*shape_and_strides)
 
@@ -470,6 +471,16 @@ def test_launches_and_atomics_are_where_they_belong() -> None:
     assert not re.findall(r"blockIdx\.[yz]|gridDim\.[yz]", every)
 
 
+def _cuda_libraries() -> list[str]:
+    """Where nvcc itself looks for libraries."""
+    dry = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", "/dev/null", "-o", "x"], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    line = next(x for x in dry.stderr.splitlines() if "LIBRARIES=" in x)
+    return [x.strip('"') for x in line.split("LIBRARIES=")[1].split()]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90"])
@@ -494,7 +505,6 @@ def test_nvcc(tmp_path: Path, arch: str) -> None:
     spilling = {name: (stack, spill) for name, stack, spill in report if (stack, spill) != ("0", "0")}
     assert not spilling
     shared = ["g++", "-shared", str(tmp_path / "attention.o"), "-o", str(tmp_path / "_C_cuda.so")]
-    home = Path(shutil.which("nvcc") or "").resolve().parents[1]
-    shared += [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    shared += [*_cuda_libraries(), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     linked = subprocess.run(shared, capture_output=True, text=True, check=False)
     assert linked.returncode == 0, linked.stderr

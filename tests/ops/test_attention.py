@@ -156,7 +156,7 @@ def test_integers_are_exact(target: Target, p: float) -> None:
     shapes = [((2, c, q), (2, c + 1, q)) for c, q in zip(cases.EDGES, cases.EDGES[::-1])]
     shapes = shapes[::4] if target.slow else shapes
     for dtype, (layout, arrange) in itertools.product(DTYPES, list(LAYOUTS.items())[:8]):
-        if target.slow and layout not in ("contiguous", "strided"):
+        if target.slow and (layout, dtype) not in (("contiguous", "bf16"), ("strided", "f32")):
             continue
         first, second = DTYPES[dtype]
         student = [cases.draw(s, first, 1, "integer").to(target.device) for s, _ in shapes]

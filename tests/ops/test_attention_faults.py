@@ -88,6 +88,8 @@ def test_strided_incoming_gradients(target: Target, divergence: str) -> None:
     length, n = len(student), 4
     for name, g in incoming(length, n, target.device).items():
         for reduction in ("none", "mean"):
+            if target.slow and (reduction == "mean") != (name == "every second"):
+                continue
             s = leaves(student)
             d = target.distance(s, teacher, divergence=divergence, reduction=reduction)
             g1 = g if reduction == "none" else g[:, 1]
@@ -295,6 +297,8 @@ def test_far_scales(target: Target, divergence: str) -> None:
     student, teacher = pairs(target)
     for a, b, p in ((1e10, 1e10, 2.0), (1e-10, 1e10, 2.0), (1e10, 1e-10, 1.0), (1e-10, 1e-10, 2.0),
                     (1e9, 1e9, 3.0), (8e17, 8e17, 2.0)):  # fmt: skip
+        if target.slow and a == b:
+            continue
         s, t = [x * a for x in student], [x * b for x in teacher]
         agrees(target, s, t, f"{target} {divergence} {a} {b} p={p}", divergence=divergence, p=p)
 
@@ -344,7 +348,7 @@ def test_nan_comes_out_where_it_went_in(target: Target, divergence: str, value: 
     clean, grads = run(target, student, teacher, **options)
     turns = itertools.product((0, 1), range(3), places(student[0]))
     for turn, (side, layer, _) in enumerate(turns):
-        if target.slow and turn % 5:
+        if target.slow and turn % 11:
             continue
         lists = [[x.clone() for x in student], [x.clone() for x in teacher]]
         x = lists[side][layer]

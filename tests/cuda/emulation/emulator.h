@@ -153,7 +153,7 @@ T shuffle_xor(unsigned mask, T value, int lane_mask, int line) {
 
 inline void run_block() {
   Machine& m = machine;
-  std::memset(m.shared.data(), 0xff, m.shared.size());  // uninitialised: NaN
+  std::fill(m.shared.begin(), m.shared.end(), '\xff');  // uninitialised: NaN
   m.arrived = m.left = 0;
   m.warps.assign(m.threads / 32, Warp{});
   for (unsigned t = 0; t < m.threads; ++t) {
