@@ -397,14 +397,13 @@ def spread_kernel(
     dx = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(DTYPE)), 16 if VECTOR > 1 else 1)
     slopes = tl.load(row + 3).to(tl.pointer_type(ACC))
     shape = table + tl.load(row + 4)
-    n, q, live, split = tile_of(shape, program, ORDER, VECTOR, QB, INDEX)
-    exists = live
+    n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB, INDEX)
     positions, lead = tl.load(shape + 6), tl.load(shape + 7)
     if PERIODIC:
         within = q % positions.to(INDEX) - lead
-        live = exists & (within >= 0)
         sample = n if ORDER == 0 else q // positions.to(INDEX)
-        slope = tl.load(slopes + sample * (positions - lead) + within, mask=live, other=0)
+        source = slopes + sample * (positions - lead) + within
+        slope = tl.load(source, mask=exists & (within >= 0), other=0)
     else:
         slope = tl.load(slopes + n * positions + q, mask=exists, other=0)
     at = offsets(shape + 9, n, q, ORDER, VECTOR, RUNS)
@@ -418,10 +417,10 @@ def spread_kernel(
     while begin + step * CB < end:
         c = begin + step * CB + tl.arange(0, CB)
         if ORDER == 1:
-            mask, alive, k = exists[:, None] & (c < end)[None, :], live[:, None], slope[:, None]
+            mask, k = exists[:, None] & (c < end)[None, :], slope[:, None]
             i, o = at[:, None] + c[None, :], to[:, None] + c[None, :]
         else:
-            mask, alive, k = exists[None, :] & (c < end)[:, None], live[None, :], slope[None, :]
+            mask, k = exists[None, :] & (c < end)[:, None], slope[None, :]
             i, o = at[None, :] + c[:, None] * stride_c, to[None, :] + c[:, None] * to_stride_c
         value = widen(tl.load(x + i, mask=mask, other=0), ACC)
         if POWER == 2:
@@ -430,7 +429,8 @@ def spread_kernel(
             d = k * tl.where(value > 0, 1.0, tl.where(value < 0, -1.0, value)).to(ACC)
         if POWER == 0:
             d *= power(value, p, POWER)
-        d = tl.where((value != 0) & alive, d, 0.0).to(ACC)
+        # Nothing flows to a zero, nor from where nothing counts: a masked-out NaN stays there.
+        d = tl.where((value != 0) & (k != 0), d, 0.0).to(ACC)
         tl.store(dx + o, narrow(d, DTYPE), mask=mask)
         step += 1
 

@@ -81,6 +81,7 @@ def _param(backend: str, device: str) -> Any:
 NAMES = ("reference", "compiled", "triton")
 TARGETS = [_param(b, d) for d in ("cpu", "cuda") for b in NAMES]
 each_target = pytest.mark.parametrize("target", TARGETS)
+cpu_target = pytest.mark.parametrize("target", TARGETS[: len(NAMES)])
 fast_target = pytest.mark.parametrize("target", [t for t in TARGETS if not t.values[0].slow])
 
 # --- dtypes ----------------------------------------------------------------------------------------

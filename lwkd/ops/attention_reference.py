@@ -95,7 +95,7 @@ def _unpool(g: Tensor, raw: Sequence[int]) -> Tensor:
 def _shares(m: Tensor, keep: Tensor) -> Tensor:
     """P = m/Σm over dimension 1; an all-zero map is uniform over the positions kept."""
     total = m.double().sum(1, keepdim=True)  # a sum of float32 maps overflows float32
-    uniform = keep / keep.sum(1, keepdim=True).clamp_min(1)
+    uniform = keep.double() / keep.sum(1, keepdim=True).clamp_min(1)
     return torch.where(total == 0, uniform, m / total).to(m.dtype)
 
 
