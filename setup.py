@@ -1,9 +1,9 @@
 """Builds the two extension libraries against the torch that the user already has.
 
-    LWKD_BUILD=0           build nothing: the pure PyTorch reference serves every op
-    LWKD_CUDA=auto|0|1     CUDA kernels where nvcc is found | never | or stop with the reason
-    TORCH_CUDA_ARCH_LIST   defaults to 8.0;9.0+PTX
-    MAX_JOBS               compile jobs; by default bounded by the memory at hand
+LWKD_BUILD=0           build nothing: the pure PyTorch reference serves every op
+LWKD_CUDA=auto|0|1     CUDA kernels where nvcc is found | never | or stop with the reason
+TORCH_CUDA_ARCH_LIST   defaults to 8.0;9.0+PTX
+MAX_JOBS               compile jobs; by default bounded by the memory at hand
 """
 
 from __future__ import annotations
@@ -83,7 +83,13 @@ def cxx_flags() -> list[str]:
     flags += ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
     flags += [f"-ffile-prefix-map={ROOT}=."]
     if SANITIZE:
-        flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=undefined", "-g", "-O1", "-DLWKD_SANITIZE"]
+        flags += [
+            f"-fsanitize={SANITIZE}",
+            "-fno-sanitize-recover=undefined",
+            "-g",
+            "-O1",
+            "-DLWKD_SANITIZE",
+        ]
     return flags
 
 

@@ -38,7 +38,8 @@ LWKD_INLINE double log1p_for(double u) {
 template <typename A>
 LWKD_INLINE double f_of(double u) {
   const double tail = 1.0 / 30 + u * (-1.0 / 42 + u / 56);
-  const double series = u * u * (0.5 + u * (-1.0 / 6 + u * (1.0 / 12 + u * (-1.0 / 20 + u * tail))));
+  const double series =
+      u * u * (0.5 + u * (-1.0 / 6 + u * (1.0 / 12 + u * (-1.0 / 20 + u * tail))));
   const double exact = u <= -1 ? 1.0 : (1 + u) * log1p_for<A>(u) - u;
   return std::fabs(u) < kSeries ? series : exact;
 }
@@ -51,7 +52,8 @@ struct Normal {
 
 template <typename A>
 LWKD_INLINE Normal normal_l2(const A* m, int64_t cells) {
-  const double squares = sum_terms(cells, [&](int64_t q) LWKD_LAMBDA { return double(m[q]) * m[q]; });
+  const double squares =
+      sum_terms(cells, [&](int64_t q) LWKD_LAMBDA { return double(m[q]) * m[q]; });
   const double norm = std::sqrt(squares);
   return {1 / (norm > kEps ? norm : norm <= kEps ? kEps : norm), 0, norm};
 }

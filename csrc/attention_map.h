@@ -63,8 +63,7 @@ struct Source : Operand {
   Runs runs;
   Order order;
 
-  explicit Source(const Operand& o)
-      : Operand(o), runs(o), order(order_of(runs, o.stride_c, o.c)) {}
+  explicit Source(const Operand& o) : Operand(o), runs(o), order(order_of(runs, o.stride_c, o.c)) {}
 };
 
 // --- positions side by side: eight channels a pass, the map stays in L1 --------------------------

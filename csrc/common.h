@@ -24,10 +24,10 @@ template <typename Return, typename... Args>
 constexpr bool takes_float(Return (*)(Args...)) {
   return (std::is_same_v<std::remove_cvref_t<Args>, float> || ...);
 }
-#define LWKD_BOX(function)                                                        \
-  ([] {                                                                           \
+#define LWKD_BOX(function)                                                               \
+  ([] {                                                                                  \
     static_assert(!::lwkd::takes_float(function), "use double, TORCH_BOX drops floats"); \
-    return TORCH_BOX(function);                                                   \
+    return TORCH_BOX(function);                                                          \
   }())
 
 }  // namespace lwkd

@@ -110,8 +110,8 @@ LWKD_INLINE Double4 slope(Double4 c, Double4 x, Any e) {
 
 // One fixed tree, by halves.
 LWKD_INLINE float total(Float8 v) {
-  const Float4 four = __builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                      __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Float4 four =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   const Float4 two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
   return two[0] + two[1];
 }

@@ -35,7 +35,8 @@ std::string cpu_level() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What the library was built with, as strings.");
   m.def("cpu_level", &cpu_level, "The instruction-set level that the CPU kernels run at.");
-  m.def("plan", &lwkd::plan, pybind11::arg("shapes"),
-        "The split of layers [(N, C, positions)] into tasks (layer, sample, begin, end): a function "
-        "of the shapes alone, never of the thread count.");
+  m.def(
+      "plan", &lwkd::plan, pybind11::arg("shapes"),
+      "The split of layers [(N, C, positions)] into tasks (layer, sample, begin, end): a function "
+      "of the shapes alone, never of the thread count.");
 }

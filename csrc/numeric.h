@@ -13,8 +13,7 @@
 // One source, three instruction sets, chosen when the library is loaded. Sanitizers cannot run in
 // the resolvers that this needs.
 #if defined(__x86_64__) && !defined(LWKD_SANITIZE)
-#define LWKD_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define LWKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LWKD_CLONES
 #endif

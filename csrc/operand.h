@@ -15,17 +15,17 @@ inline int64_t element_size(ScalarType dtype) {
 struct Operand {
   void* data;
   ScalarType dtype;
-  int64_t n, c;                       // samples, channels
-  int64_t size[3];                    // space, padded with leading ones
+  int64_t n, c;                           // samples, channels
+  int64_t size[3];                        // space, padded with leading ones
   int64_t stride_n, stride_c, stride[3];  // in elements
-  int64_t prefix;                     // leading tokens dropped before `data`
-  int64_t stride_token;               // stride of the token dimension, where prefix > 0
+  int64_t prefix;                         // leading tokens dropped before `data`
+  int64_t stride_token;                   // stride of the token dimension, where prefix > 0
 
   int64_t positions() const { return size[0] * size[1] * size[2]; }
 };
 
-// `layout`: channel dimension, prefix, h, w (h = 0: space is not folded). `argument` and `layer` name
-// the tensor in an error.
+// `layout`: channel dimension, prefix, h, w (h = 0: space is not folded). `argument` and `layer`
+// name the tensor in an error.
 inline Operand read_operand(const Tensor& x, const int64_t* layout, const char* argument,
                             int64_t layer) {
   const int64_t channel = layout[0], prefix = layout[1], h = layout[2], w = layout[3];
@@ -65,7 +65,9 @@ inline Operand read_operand(const Tensor& x, const int64_t* layout, const char* 
 
 // Where adaptive average pooling's cell `i` of `out` begins and ends in `in` positions.
 inline int64_t cell_begin(int64_t i, int64_t in, int64_t out) { return i * in / out; }
-inline int64_t cell_end(int64_t i, int64_t in, int64_t out) { return ((i + 1) * in + out - 1) / out; }
+inline int64_t cell_end(int64_t i, int64_t in, int64_t out) {
+  return ((i + 1) * in + out - 1) / out;
+}
 
 // One layer: both operands, the common space, and where its maps lie in the flat buffer.
 struct Layer {

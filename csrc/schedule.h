@@ -64,10 +64,9 @@ inline std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> plan(
   for (const auto& [n, c, positions] : shapes) blocks.push_back(make_block(n, c, positions));
   std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> tasks;
   const int64_t total = lay_out(blocks);
-  run_tasks(blocks, 0, total,
-            [&](int64_t layer, int64_t n, int64_t begin, int64_t end) {
-              tasks.emplace_back(layer, n, begin, end);
-            });
+  run_tasks(blocks, 0, total, [&](int64_t layer, int64_t n, int64_t begin, int64_t end) {
+    tasks.emplace_back(layer, n, begin, end);
+  });
   return tasks;
 }
 

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,7 +29,9 @@ from .common import (
     Plan,
     View,
     Walk,
+    helper,
     index_of,
+    kernel,
     locate,
     log1p,
     merge,
@@ -52,7 +53,7 @@ _FLAT = 256  # elements of a program of gather_kernel and scatter_kernel
 # --- Σ_c |x|^p ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def maps_kernel(
     table, base: tl.int64, items: tl.int64, p: tl.float64,
     DTYPE: tl.constexpr, ACC: tl.constexpr, POWER: tl.constexpr,
@@ -70,7 +71,7 @@ def maps_kernel(
     begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR)
     end = tl.minimum(begin + tl.load(shape + 2), tl.load(shape + 3))
     end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
-    total = tl.zeros([QB, CB] if ORDER == 1 else [CB, QB], ACC)
+    total = tl.full([QB, CB] if ORDER == 1 else [CB, QB], 0, ACC)
     step = begin * 0
     while begin + step * CB < end:
         c = begin + step * CB + tl.arange(0, CB)
@@ -94,7 +95,7 @@ def maps_kernel(
 # --- from sums to maps ----------------------------------------------------------------------------
 
 
-@triton.jit
+@helper
 def keep_at(table, row, n, q, exists, MASK: tl.constexpr):
     """Whether positions count. Row: a mask's address, 0 where all do, and the place of its words.
 
@@ -109,7 +110,7 @@ def keep_at(table, row, n, q, exists, MASK: tl.constexpr):
     return keep
 
 
-@triton.jit
+@kernel
 def gather_kernel(
     table, base: tl.int64, items: tl.int64,
     ACC: tl.constexpr, POOLED: tl.constexpr, MASK: tl.constexpr, INDEX: tl.constexpr,
@@ -127,7 +128,7 @@ def gather_kernel(
     e = program.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     exists = e < samples * cells
     n, q = e // cells.to(INDEX), e % cells.to(INDEX)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], 0, tl.float64)
     if POOLED:
         r0, r1, r2 = tl.load(shape + 3), tl.load(shape + 4), tl.load(shape + 5)
         s0, s1, s2 = tl.load(shape + 6), tl.load(shape + 7), tl.load(shape + 8)
@@ -162,7 +163,7 @@ def gather_kernel(
     tl.store(out + e, tl.where(keep, total, 0.0).to(ACC), mask=exists)
 
 
-@triton.jit
+@helper
 def window(i, size, cells):
     """Where adaptive pooling's cell i of ``cells`` begins and ends."""
     return i * size // cells, ((i + 1) * size + cells - 1) // cells
@@ -171,14 +172,14 @@ def window(i, size, cells):
 # --- from maps to distances -----------------------------------------------------------------------
 
 
-@triton.jit
+@helper
 def statistics(
     table, row, own, other, cells, n,
     JS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What both maps are divided by (l2: the norms; js: the sums), and how many positions count."""
-    a, b = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    count = tl.zeros([BLOCK], tl.float64)
+    a, b = tl.full([BLOCK], 0, tl.float64), tl.full([BLOCK], 0, tl.float64)
+    count = tl.full([BLOCK], 0, tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
@@ -199,7 +200,7 @@ def statistics(
     return a, b, kept
 
 
-@triton.jit
+@helper
 def normalise(m, keep, size, kept, JS: tl.constexpr):
     """q = m/max(‖m‖, eps), or P = m/Σm: uniform where the map is zero everywhere."""
     if JS:
@@ -211,7 +212,7 @@ def normalise(m, keep, size, kept, JS: tl.constexpr):
     return share
 
 
-@triton.jit
+@helper
 def f_of(u):
     """(1+u)·log1p(u) − u."""
     tail = 1 / 30 + u * (-1 / 42 + u / 56)
@@ -221,7 +222,7 @@ def f_of(u):
     return tl.where(tl.abs(u) < 0.02, series, exact)  # there the series is exact to rounding
 
 
-@triton.jit
+@kernel
 def distance_kernel(
     table, base: tl.int64, items: tl.int64, beta: tl.float64,
     JS: tl.constexpr, ACC: tl.constexpr, OUT: tl.constexpr, MASK: tl.constexpr,
@@ -234,7 +235,7 @@ def distance_kernel(
     other = tl.load(row + 2).to(tl.pointer_type(ACC)) + n * cells
     a, b, kept = statistics(table, row, own, other, cells, n, JS, MASK, BLOCK)
     weight = tl.full((), beta, tl.float64)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], 0, tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
@@ -255,7 +256,7 @@ def distance_kernel(
     tl.store(out + n, tl.sum(total, 0).to(OUT))
 
 
-@triton.jit
+@kernel
 def mean_kernel(
     table, base: tl.int64, items: tl.int64,
     OUT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
@@ -263,7 +264,7 @@ def mean_kernel(
     """Row: each [N] in float64, out [1], N."""
     row, _ = locate(table, base, items, WIDTH, ITEMS)
     each, samples = tl.load(row + 1).to(tl.pointer_type(tl.float64)), tl.load(row + 3)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], 0, tl.float64)
     begin = samples * 0
     while begin < samples:
         n = begin + tl.arange(0, BLOCK)
@@ -276,7 +277,7 @@ def mean_kernel(
 # --- the way back ---------------------------------------------------------------------------------
 
 
-@triton.jit
+@helper
 def slope_of(s, t, own, JS: tl.constexpr):
     """dD/dq (l2) or dD/dP (js) of the map that s was normalised from; own: its weight in js."""
     if JS:
@@ -288,7 +289,7 @@ def slope_of(s, t, own, JS: tl.constexpr):
     return slope
 
 
-@triton.jit
+@kernel
 def slope_kernel(
     table, base: tl.int64, items: tl.int64, grad_stride: tl.int64,
     scale: tl.float64, beta: tl.float64,
@@ -306,7 +307,7 @@ def slope_kernel(
     weight = tl.where(tl.load(row + 8) == 0, weight, 1 - weight)
     a, b, kept = statistics(table, row, own, other, cells, n, JS, MASK, BLOCK)
     # What a common factor of the map does to D: nothing, so the radial part goes.
-    along = tl.zeros([BLOCK], tl.float64)
+    along = tl.full([BLOCK], 0, tl.float64)
     begin = cells * 0
     while begin < cells:
         q = begin + tl.arange(0, BLOCK)
@@ -338,7 +339,7 @@ def slope_kernel(
         begin += BLOCK
 
 
-@triton.jit
+@helper
 def overlap(r, t, size, cells):
     """The t-th cell that may contain r, and 1/its length, or 0 where it does not."""
     i = r * cells // size + t
@@ -347,7 +348,7 @@ def overlap(r, t, size, cells):
     return i, tl.where(inside, 1 / (hi - lo).to(tl.float64), 0.0)
 
 
-@triton.jit
+@kernel
 def scatter_kernel(
     table, base: tl.int64, items: tl.int64,
     ACC: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
@@ -367,7 +368,7 @@ def scatter_kernel(
     exists = e < tl.load(shape) * r0 * r1 * r2
     n, q = e // (r0 * r1 * r2).to(INDEX), e % (r0 * r1 * r2).to(INDEX)
     i, j, k = q // (r1 * r2).to(INDEX), q // r2.to(INDEX) % r1.to(INDEX), q % r2.to(INDEX)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], 0, tl.float64)
     for a in tl.static_range(2):
         ia, wi = overlap(i, a, r0.to(INDEX), s0.to(INDEX))
         for b in tl.static_range(2):
@@ -381,7 +382,7 @@ def scatter_kernel(
     tl.store(out + e, total.to(ACC), mask=exists)
 
 
-@triton.jit
+@kernel
 def spread_kernel(
     table, base: tl.int64, items: tl.int64, p: tl.float64,
     DTYPE: tl.constexpr, ACC: tl.constexpr, POWER: tl.constexpr, PERIODIC: tl.constexpr,

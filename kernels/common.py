@@ -25,6 +25,17 @@ INTERPRET = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter was on when the kernels of this package were decorated."""
 
 _INTERPRET = tl.constexpr(INTERPRET)
+
+
+def _plain(function: Any) -> Any:
+    return function
+
+
+# A kernel's integers say where its rows are: no value of theirs may compile it once more.
+kernel = triton.jit(do_not_specialize=("base", "items", "grad_stride", "start", "words"))
+# What kernels call: the interpreter would patch the whole language anew at every single call.
+helper: Any = _plain if INTERPRET else triton.jit
+
 DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -38,23 +49,28 @@ _PLANE = tl.constexpr(PLANE)
 
 # --- the table ------------------------------------------------------------------------------------
 
-# Triton types an int argument by its value: with this offset every word is an i64, and one
-# compiled writer serves all tables. Words lie in [0, 2^60): addresses, sizes, strides.
-BIAS = 1 << 60
-_BIAS = tl.constexpr(BIAS)
+# Triton compiles an argument's size, and whether 16 divides it, into the kernel. Words lie in
+# [0, 2^59): addresses, sizes, strides; encoded they are all large and odd, and one compiled writer
+# serves every table.
+_CODE = tl.constexpr(2**61 + 1)
 FEW, MANY = 64, 256  # words of one launch; a launch takes at most 4 KB of arguments
 ITEMS = (16, 128, 1024)  # rows that one launch can search
 # Without fusion a product rounds alike in every expression: equal maps are at a distance of 0.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["start", "words"])
+def encode(words: Sequence[int]) -> tuple[int, ...]:
+    """The words as ``write_table`` takes them."""
+    return tuple(2 * w + 2**61 + 1 for w in words)
+
+
+@kernel
 def write_table(table, start: tl.int64, words, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
-        tl.store(table + start + i, words[i] - _BIAS)
+        tl.store(table + start + i, (words[i] - _CODE) >> 1)
 
 
-@triton.jit
+@helper
 def locate(table, base, items, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
     """The row that this program belongs to, and its number within the row."""
     program = tl.program_id(0).to(tl.int64)
@@ -118,21 +134,22 @@ class Plan:
         if not launches:
             return
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            table = self._upload()
+            table = self.upload()
             for kernel, programs, arguments in launches:
                 kernel[(programs,)](table, **arguments, **OPTIONS)
 
-    def _upload(self) -> Tensor:
+    def upload(self) -> Tensor:
+        """The table on the device; ``launches`` has written its rows."""
         if INTERPRET:  # host memory: there is nothing to carry anywhere
             return torch.tensor(self.words, dtype=torch.int64)
         room = -(-len(self.words) // FEW) * FEW
         table = torch.empty(room, dtype=torch.int64, device=self.device)
-        biased = [w + BIAS for w in self.words] + [BIAS] * (room - len(self.words))
+        words = encode(self.words + [0] * (room - len(self.words)))
         start = 0
         while start < room:
             count = MANY if room - start >= MANY else FEW
-            words = tuple(biased[start : start + count])
-            write_table[(1,)](table, start, words, count, num_warps=1, enable_fp_fusion=False)
+            part = words[start : start + count]
+            write_table[(1,)](table, start, part, count, **(OPTIONS | {"num_warps": 1}))
             start += count
         return table
 
@@ -288,10 +305,10 @@ def _fold(c: int, p: int, size: int, rows: int) -> int:
 # result of an operation in the same function: not for a parameter, not for what a loop carries.
 
 
-@triton.jit
+@helper
 def place(dims, q, RUNS: tl.constexpr, VECTOR: tl.constexpr):
     """Where position q lies, from the words of ``place_words``."""
-    at = tl.zeros_like(q).to(tl.int64)
+    at = q.to(tl.int64) * 0
     for i in tl.static_range(RUNS - 1):
         size = tl.load(dims + 2 * i + 1).to(q.dtype)
         at += (q % size).to(tl.int64) * tl.multiple_of(tl.load(dims + 2 * i), VECTOR)
@@ -299,7 +316,7 @@ def place(dims, q, RUNS: tl.constexpr, VECTOR: tl.constexpr):
     return at + q.to(tl.int64) * tl.multiple_of(tl.load(dims + 2 * (RUNS - 1)), VECTOR)
 
 
-@triton.jit
+@helper
 def tile_of(
     shape, program,
     ORDER: tl.constexpr, VECTOR: tl.constexpr, QB: tl.constexpr, INDEX: tl.constexpr,
@@ -315,7 +332,7 @@ def tile_of(
     return (part // splits).to(tl.int64), q, q < positions, (part % splits).to(tl.int64)
 
 
-@triton.jit
+@helper
 def offsets(dims, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr, RUNS: tl.constexpr):
     """Where the tile's positions lie, in elements."""
     if ORDER == _PLANE:
@@ -328,7 +345,7 @@ def offsets(dims, n, q, ORDER: tl.constexpr, VECTOR: tl.constexpr, RUNS: tl.cons
 # --- powers ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+@helper
 def widen(x, ACC: tl.constexpr):
     """x in ACC; through its bits where the interpreter would get bfloat16 wrong."""
     if x.dtype == ACC:
@@ -341,7 +358,7 @@ def widen(x, ACC: tl.constexpr):
     return y
 
 
-@triton.jit
+@helper
 def narrow(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest even: the interpreter cuts bfloat16 off."""
     if x.dtype == DTYPE:
@@ -355,7 +372,7 @@ def narrow(x, DTYPE: tl.constexpr):
     return y
 
 
-@triton.jit
+@helper
 def power(x, p, POWER: tl.constexpr):
     """|x|^p; POWER is 1, 2 or, for any p, 0."""
     if POWER == 2:
@@ -371,7 +388,7 @@ def power(x, p, POWER: tl.constexpr):
     return y
 
 
-@triton.jit
+@helper
 def log1p(u):
     """log(1 + u) in float64, for u ≥ −1: the rounding of 1 + u is divided out again."""
     w = 1.0 + u

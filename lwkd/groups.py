@@ -45,6 +45,7 @@ def param_groups_layerwise(
             negative rate or decay.
         TypeError: Pairs that are not from `pair_layers`, one string for the list of names.
 
+    >>> from torch import nn
     >>> from lwkd import pair_layers
     >>> net, teacher = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in "st")
     >>> pairs = pair_layers(net, teacher, pairs=["0"])

@@ -198,6 +198,7 @@ def pair_layers(
         RuntimeError: If a chosen layer did not run on ``example_inputs``.
 
     >>> import torch
+    >>> from torch import nn
     >>> def cnn(width):
     ...     return nn.Sequential(
     ...         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -205,7 +206,7 @@ def pair_layers(
     ...         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
     >>> pairs = pair_layers(cnn(4), cnn(8), example_inputs=torch.zeros(2, 1, 8, 8))
     >>> [(p.student, p.student_shape, p.teacher) for p in pairs]
-    [('1', (2, 4, 8, 8), '1'), ('4', (2, 8, 4, 4), '4')]
+    [('0', (2, 4, 8, 8), '0'), ('3', (2, 8, 4, 4), '3')]
     >>> print(pairs[0].note)
     channels differ: fine, maps compare; auto: last at 4x8x8 | last at 8x8x8
     >>> pair_layers(cnn(4), cnn(8), ["5", ("1", "4")]).names

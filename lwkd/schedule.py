@@ -84,6 +84,8 @@ class LayerwiseLR(LRScheduler):
             without parameters; a ``base`` of another optimizer or one that needs a metric; an
             option out of its range.
 
+    >>> import torch
+    >>> from torch import nn
     >>> from lwkd import pair_layers
     >>> student, teacher = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)) for _ in "st")
     >>> pairs = pair_layers(student, teacher, pairs=["0", "1"])

@@ -18,7 +18,7 @@ from lwkd.ops import backends
 
 Shape = tuple[int, ...]
 
-# --- backends --------------------------------------------------------------------------------------
+# --- backends ------------------------------------------------------------------------------------
 
 
 class Target(NamedTuple):
@@ -84,7 +84,7 @@ each_target = pytest.mark.parametrize("target", TARGETS)
 cpu_target = pytest.mark.parametrize("target", TARGETS[: len(NAMES)])
 fast_target = pytest.mark.parametrize("target", [t for t in TARGETS if not t.values[0].slow])
 
-# --- dtypes ----------------------------------------------------------------------------------------
+# --- dtypes --------------------------------------------------------------------------------------
 
 F64, F32, F16, B16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 # (student, teacher) of even layers, and swapped for odd ones.
@@ -97,7 +97,7 @@ DTYPES = {
     "f64/f16": (F64, F16),
 }
 
-# --- layouts: the same values, other strides -------------------------------------------------------
+# --- layouts: the same values, other strides -----------------------------------------------------
 
 
 def _permuted(x: Tensor, order: list[int]) -> Tensor:
@@ -157,7 +157,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 # These repeat values: the oracle has to see them.
 ALTERING = ("expanded", "expanded_channels", "expanded_batch", "overlapping")
 
-# --- cases -----------------------------------------------------------------------------------------
+# --- cases ---------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -280,7 +280,7 @@ def make(case: Case, dtype: str, layout: str, device: str = "cpu") -> Inputs:
     return Inputs(*lists, options, weight.to(torch.float32).to(device))
 
 
-# --- options ---------------------------------------------------------------------------------------
+# --- options -------------------------------------------------------------------------------------
 
 POWERS = (1.0, 1.5, 2.0, 3.0)
 SIDES = ((True, False), (False, True), (True, True))

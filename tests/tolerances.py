@@ -146,6 +146,11 @@ class Verdict(NamedTuple):
     gradients: list[list[Tensor]]  # student's, teacher's; of Σ weight·D
     gradient_bounds: list[list[Tensor]]
 
+    def flat(self) -> list[tuple[Tensor, Tensor]]:
+        """(gradient, bound), the student's before the teacher's."""
+        pairs = zip(self.gradients, self.gradient_bounds, strict=True)
+        return [both for xs, bs in pairs for both in zip(xs, bs, strict=True)]
+
 
 def judge(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weight: Tensor, **options: Any
@@ -190,7 +195,9 @@ def judge(
     flow = sum((b * m).sum() for b, m in zip(looseness, (m for x in maps for m in x), strict=True))
     loose = [
         b.abs() + 2 * U[x.dtype] * g.abs() + spacing(x.dtype) * (g != 0)
-        for b, g, x in zip(torch.autograd.grad(flow, flat), exact, [*student, *teacher], strict=True)
+        for b, g, x in zip(
+            torch.autograd.grad(flow, flat), exact, [*student, *teacher], strict=True
+        )
     ]
     n = len(student)
     return Verdict(

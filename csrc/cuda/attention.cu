@@ -81,8 +81,8 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
     cells += v.cells();
   }
   Launcher gpu(student[0]);
-  Tensor distance = mean ? make(student[0], {length}, wide)
-                         : make(student[0], {length, samples}, wide);
+  Tensor distance =
+      mean ? make(student[0], {length}, wide) : make(student[0], {length, samples}, wide);
   Tensor maps = make(student[0], {2 * samples * cells}, wide);
   with_compute(wide, [&](auto tag) {
     using A = decltype(tag);
@@ -139,8 +139,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
     job.dx = view_of(dx);
     job.prefix = prefix_of(dx);
     std::copy_n(&space[3 * l], 3, job.space);
-    const char* pair =
-        static_cast<const char*>(maps.const_data_ptr()) + offsets[l] * element;
+    const char* pair = static_cast<const char*>(maps.const_data_ptr()) + offsets[l] * element;
     const int64_t map = samples * job.cells() * element;
     job.own = pair + side * map;
     job.other = pair + (1 - side) * map;

@@ -152,8 +152,8 @@ inline int64_t plane_step(const View& v, const Cut& cut, int64_t width) {
 }
 
 inline bool same_layout(const View& a, const View& b) {
-  bool same = a.dtype == b.dtype && a.c == b.c && a.stride_n == b.stride_n &&
-              a.stride_c == b.stride_c;
+  bool same =
+      a.dtype == b.dtype && a.c == b.c && a.stride_n == b.stride_n && a.stride_c == b.stride_c;
   for (int d = 0; d < 3; ++d) same = same && a.size[d] == b.size[d] && a.stride[d] == b.stride[d];
   return same;
 }

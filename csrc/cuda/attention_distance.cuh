@@ -203,13 +203,17 @@ __device__ __forceinline__ double js_term(double ps, double pt, double beta) {
 
 // D[n] of one sample; every thread of the block calls, with or without a sample.
 template <typename A, bool JS>
-__device__ __forceinline__ double sample_distance(const DistanceItem& d, int64_t n,
-                                                  int64_t samples, double beta, double* shared) {
+__device__ __forceinline__ double sample_distance(const DistanceItem& d, int64_t n, int64_t samples,
+                                                  double beta, double* shared) {
   const int64_t cells = n < samples ? d.cells : 0;
   settle_maps<A>(d, n, samples, cells);
   Pair<A, JS> pair{static_cast<const A*>(d.side[0].map) + n * d.cells,
                    static_cast<const A*>(d.side[1].map) + n * d.cells,
-                   n, cells, d.space, d.mask, d.team};
+                   n,
+                   cells,
+                   d.space,
+                   d.mask,
+                   d.team};
   measure(pair, shared);
   double distance[1] = {0};
   const int lane = threadIdx.x % d.team;
@@ -270,7 +274,7 @@ template <typename A, bool JS>
 __device__ __forceinline__ double radial_slope(const Pair<A, JS>& pair, double weight,
                                                double* shared) {
   double radial[1] = {0};
-#pragma unroll (JS ? 1 : 4)
+#pragma unroll(JS ? 1 : 4)
   for (int64_t q = threadIdx.x % pair.team; q < pair.cells; q += pair.team) {
     double own;
     const double bare = bare_slope(pair, weight, q, own);
@@ -294,7 +298,7 @@ __device__ __forceinline__ double cell_slope(const Pair<A, JS>& pair, double wei
 template <typename A, bool JS>
 __device__ __forceinline__ double raw_slope(const Pair<A, JS>& pair, double weight, double radial,
                                             const int64_t (&size)[3], int64_t r) {
-  const int64_t(&space)[3] = pair.space;
+  const int64_t (&space)[3] = pair.space;
   const Index3 at = unravel(r, size);
   int64_t low[3], high[3];
 #pragma unroll
@@ -309,10 +313,9 @@ __device__ __forceinline__ double raw_slope(const Pair<A, JS>& pair, double weig
     for (int64_t j = low[1]; j < high[1]; ++j) {
 #pragma unroll 1
       for (int64_t k = low[2]; k < high[2]; ++k) {
-        const int64_t shares =
-            (cell_end(i, size[0], space[0]) - cell_begin(i, size[0], space[0])) *
-            (cell_end(j, size[1], space[1]) - cell_begin(j, size[1], space[1])) *
-            (cell_end(k, size[2], space[2]) - cell_begin(k, size[2], space[2]));
+        const int64_t shares = (cell_end(i, size[0], space[0]) - cell_begin(i, size[0], space[0])) *
+                               (cell_end(j, size[1], space[1]) - cell_begin(j, size[1], space[1])) *
+                               (cell_end(k, size[2], space[2]) - cell_begin(k, size[2], space[2]));
         const int64_t q = (i * space[1] + j) * space[2] + k;
         sum += cell_slope(pair, weight, radial, q) / static_cast<double>(shares);
       }

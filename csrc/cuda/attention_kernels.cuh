@@ -38,7 +38,7 @@ __device__ __forceinline__ int find(const Table<Item, K>& table, int64_t block) 
 
 // Blocks of a multiprocessor: the powers people use leave 64 registers a thread.
 template <typename A, typename P>
-constexpr int kResident = sizeof(A) == 4 && P::kLoads > 4 ? 4 : 2;
+constexpr int kResident = sizeof(A) == 4 && P::kCommon ? 4 : 2;
 
 template <typename A, typename P, int K>
 __global__ void __launch_bounds__(kThreads, kResident<A, P>)
@@ -98,7 +98,11 @@ __global__ void __launch_bounds__(kDistanceThreads, JS || POOLED ? 1 : 2)
   const int64_t n = (blockIdx.x - item.first) * teams + threadIdx.x / item.team;
   Pair<A, JS> pair{static_cast<const A*>(item.own) + n * item.cells,
                    static_cast<const A*>(item.other) + n * item.cells,
-                   n, n < samples ? item.cells : 0, item.space, item.mask, item.team};
+                   n,
+                   n < samples ? item.cells : 0,
+                   item.space,
+                   item.mask,
+                   item.team};
   double* shared = shared_memory<double>();
   measure(pair, shared);
   const double radial = radial_slope(pair, item.weight, shared);
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(kDistanceThreads, JS || POOLED ? 1 : 2)
       out[r] = static_cast<A>(grad * raw_slope(pair, item.weight, radial, item.size, r));
     return;
   }
-#pragma unroll (JS || POOLED ? 1 : 4)
+#pragma unroll(JS || POOLED ? 1 : 4)
   for (int64_t r = lane; r < item.positions; r += item.team)
     out[r] = static_cast<A>(grad * cell_slope(pair, item.weight, radial, r));
 }

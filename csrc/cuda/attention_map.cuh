@@ -64,15 +64,25 @@ __device__ __forceinline__ int64_t offset_of(const Space& s, int64_t q) {
 // --- powers: the ones people use cost a multiplication -------------------------------------------
 
 struct One {
+  static constexpr bool kCommon = true;
   static constexpr int kLoads = 8, kStores = 4;  // packs in flight
 };
-struct Two {
-  static constexpr int kLoads = 8, kStores = 4;
-};
+struct Two : One {};
 struct Any {
+  static constexpr bool kCommon = false;
   static constexpr int kLoads = 2, kStores = 1;
   double p;
 };
+
+// pow is a long routine, kept out of line. Doubles come here with every p.
+template <typename A>
+__device__ __noinline__ A positive_power(A x, A p) {
+  if constexpr (std::is_same_v<A, double>) {
+    if (p == 2) return x * x;
+    if (p == 1) return x;
+  }
+  return pow(x, p);
+}
 
 template <typename A>
 __device__ __forceinline__ A power(A x, One) {
@@ -84,7 +94,7 @@ __device__ __forceinline__ A power(A x, Two) {
 }
 template <typename A>
 __device__ __forceinline__ A power(A x, Any any) {
-  return pow(fabs(x), static_cast<A>(any.p));
+  return positive_power(static_cast<A>(fabs(x)), static_cast<A>(any.p));
 }
 
 // c · d|x|^p/dx, where c already holds the factor p; exactly 0 at x = 0 whatever c is.
@@ -98,7 +108,9 @@ __device__ __forceinline__ A slope(A c, A x, Two) {
 }
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, Any any) {
-  return x == 0 ? A(0) : c * copysign(pow(fabs(x), static_cast<A>(any.p - 1)), x);
+  if (any.p == 1) return slope(c, x, One{});
+  const A magnitude = positive_power(static_cast<A>(fabs(x)), static_cast<A>(any.p - 1));
+  return x == 0 ? A(0) : c * copysign(magnitude, x);
 }
 
 // Packs in a call that computes in double are of double alone: the rest is rare.
@@ -329,8 +341,8 @@ __device__ __forceinline__ void row_spread(const SpreadItem& m, int64_t block, P
     for (int j = 0; j < V; ++j) c[j] = slope_here;
     const T* x = static_cast<const T*>(m.x) + r.sample * m.from.stride_n +
                  offset_of(m.from.space, r.q) + begin * V;
-    T* dx = static_cast<T*>(m.dx) + r.sample * m.to.stride_n + offset_of(m.to.space, r.q) +
-            begin * V;
+    T* dx =
+        static_cast<T*>(m.dx) + r.sample * m.to.stride_n + offset_of(m.to.space, r.q) + begin * V;
     spread<V>(c, x, stride, dx, stride, count, p);
   }
 }

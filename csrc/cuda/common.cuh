@@ -175,7 +175,8 @@ __device__ __forceinline__ T smaller(T a, T b) {
 
 // --- sums, in one fixed order --------------------------------------------------------------------
 
-// Over groups of `lanes` neighbours (a power of two); every lane of the warp calls, all get the sum.
+// Over groups of `lanes` neighbours (a power of two); every lane of the warp calls, all get the
+// sum.
 template <typename A>
 __device__ __forceinline__ A lanes_sum(A x, int lanes) {
 #pragma unroll 1

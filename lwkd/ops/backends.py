@@ -99,7 +99,6 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"lwkd.kernels.{name}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU (``TRITON_INTERPRET=1``)."""
     return TRITON.live and bool(kernels("common").INTERPRET)
@@ -202,7 +201,8 @@ def unavailable(backend: str, device: str) -> str:
     if backend == "triton":
         if not TRITON.live:
             return TRITON.reason
-        if device == "cpu" and not interpreting():
+        # What is being compiled cannot import: there the kernels themselves refuse.
+        if device == "cpu" and not torch.compiler.is_compiling() and not interpreting():
             return "triton runs on a CPU tensor only under its interpreter (TRITON_INTERPRET=1)"
         if device not in ("cpu", "cuda"):
             return f"no Triton kernels for {device}"

@@ -44,7 +44,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -
     return torch.randn(shape, device=device).to(dtype)
 
 
-# --- layouts: each takes a dense [N, C, H, W] and gives its values in another shape of memory ------
+# --- layouts: each takes a dense [N, C, H, W] and gives its values in another shape of memory -----
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -72,16 +72,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every_other_channel": _every_other_channel,
     "rows_of_a_larger_map": lambda x: _inside(x, 0, 3, 0, 1),
     "channels_of_a_wider_map": lambda x: _inside(x, 0, 0, 0, 0, 0, 3),
-    "channels_of_a_wider_map_last": lambda x: (
-        _inside(x.permute(0, 2, 3, 1).contiguous(), 0, 8).permute(0, 3, 1, 2)
-    ),
+    "channels_of_a_wider_map_last": lambda x: _inside(
+        x.permute(0, 2, 3, 1).contiguous(), 0, 8
+    ).permute(0, 3, 1, 2),
     "every_other_sample": lambda x: torch.stack([x, x], dim=1).flatten(0, 1)[::2],
     "one_sample_expanded": lambda x: x[:1].expand_as(x),
     "one_channel_expanded": lambda x: x[:, :1].expand_as(x),
 }
 
 
-# --- the definition, in float64 --------------------------------------------------------------------
+# --- the definition, in float64 -------------------------------------------------------------------
 
 
 def canonical(x: Tensor, layout: Sequence[int]) -> Tensor:
@@ -151,7 +151,7 @@ def answer(c: Case, p: float, divergence: int, beta: float, weight: Tensor) -> A
     return Answer(d.detach(), maps, list(grads))
 
 
-# --- one call, checked -----------------------------------------------------------------------------
+# --- one call, checked ----------------------------------------------------------------------------
 
 
 def spaces(c: Case) -> list[int]:

@@ -139,7 +139,9 @@ def test_public_function_trains() -> None:
     d = lwkd.ops.layer_discrepancy(student, teacher, backend="compiled")
     d.sum().backward()
     cpu = [x.detach().cpu().requires_grad_() for x in student]
-    lwkd.ops.layer_discrepancy(cpu, [t.cpu() for t in teacher], backend="reference").sum().backward()
+    lwkd.ops.layer_discrepancy(
+        cpu, [t.cpu() for t in teacher], backend="reference"
+    ).sum().backward()
     torch.testing.assert_close(student[0].grad.cpu(), cpu[0].grad, rtol=2e-2, atol=1e-6)
 
 

@@ -107,9 +107,7 @@ def test_maps(target: Target, layout: str) -> None:
             what = f"{target} {case.name!r} {dtype} {layout} p={p}"
             close(m, w.detach(), b.cpu(), what)
             assert m.is_contiguous(), what
-        grads = torch.autograd.grad(
-            got, xs, [w.to(m) for w, m in zip(weight, got, strict=True)]
-        )
+        grads = torch.autograd.grad(got, xs, [w.to(m) for w, m in zip(weight, got, strict=True)])
         exact = torch.autograd.grad(want, wide, weight)
         for x, g, e in zip(xs, grads, exact, strict=True):
             u = tolerances.U[tolerances.compute_dtype([x])]
@@ -153,7 +151,8 @@ def test_around_the_tile(target: Target) -> None:
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_integers_are_exact(target: Target, p: float) -> None:
     """Every partial sum is exact: not one bit may differ from the oracle's, on any backend."""
-    shapes = [((2, c, q), (2, c + 1, q)) for c, q in zip(cases.EDGES, cases.EDGES[::-1])]
+    edges = zip(cases.EDGES, cases.EDGES[::-1], strict=True)
+    shapes = [((2, c, q), (2, c + 1, q)) for c, q in edges]
     shapes = shapes[::4] if target.slow else shapes
     for dtype, (layout, arrange) in itertools.product(DTYPES, list(LAYOUTS.items())[:8]):
         if target.slow and (layout, dtype) not in (("contiguous", "bf16"), ("strided", "f32")):
@@ -166,9 +165,9 @@ def test_integers_are_exact(target: Target, p: float) -> None:
             for m, x in zip(target.maps(xs, p=p, channel_dim=1), xs, strict=True):
                 assert torch.equal(m.double(), x.double().abs().pow(p).sum(1)), (dtype, layout)
         layouts = [1, 0, 0, 0] * len(student)
-        flat = target.namespace.attention(
-            student, teacher, [], layouts, layouts, p, 0, 0.5, True
-        )[1]
+        flat = target.namespace.attention(student, teacher, [], layouts, layouts, p, 0, 0.5, True)[
+            1
+        ]
         pairs = [
             x.double().abs().pow(p).sum(1).flatten()
             for pair in zip(student, teacher, strict=True)

@@ -53,9 +53,8 @@ def agrees(
     want = tolerances.judge(student, teacher, weight, **options)
     close(d, want.value, want.value_bound, what)
     grads = torch.autograd.grad(d, s + t, weight.to(d.dtype))
-    exact, bounds = sum(want.gradients, []), sum(want.gradient_bounds, [])
-    for i, (g, e, b) in enumerate(zip(grads, exact, bounds, strict=True)):
-        close(g, e, b, f"{what}, gradient {i}")
+    for i, (g, (exact, bound)) in enumerate(zip(grads, want.flat(), strict=True)):
+        close(g, exact, bound, f"{what}, gradient {i}")
     return d.detach(), list(grads)
 
 

@@ -44,10 +44,10 @@ def attention_samples() -> list[tuple[Any, ...]]:
     z = cases.draw((2, 13, 6), torch.bfloat16, 3)
     mask = torch.rand(2, 3, 5) < 0.7
     none = torch.empty(0, dtype=torch.bool)
-    channels_last, strided = LAYOUTS["channels_last"], LAYOUTS["strided"]
+    last, strided = LAYOUTS["channels_last"], LAYOUTS["strided"]
     return [
         ([grown(x)], [y], [], layout, layout, 2.0, 0, 0.5, True),
-        ([grown(channels_last(x))], [grown(strided(y))], [mask], layout, layout, 1.0, 1, 0.3, False),
+        ([grown(last(x))], [grown(strided(y))], [mask], layout, layout, 1.0, 1, 0.3, False),
         ([x, grown(z)], [x.double(), y], [none, none], [*layout, 2, 1, 3, 4], layout * 2, 3.0, 1,
          0.5, True),
         ([x], [y], [mask.mT.contiguous().mT], layout, layout, 1.5, 0, 0.5, False),
@@ -58,9 +58,17 @@ def attention_samples() -> list[tuple[Any, ...]]:
 def backward_samples(namespace: str) -> list[tuple[Any, ...]]:
     """Arguments of lwkd::attention_backward, with the maps that the forward makes."""
     out = []
-    for student, teacher, mask, s_layout, t_layout, p, divergence, beta, mean in (
-        attention_samples()
-    ):
+    for (
+        student,
+        teacher,
+        mask,
+        s_layout,
+        t_layout,
+        p,
+        divergence,
+        beta,
+        mean,
+    ) in attention_samples():
         student, teacher = ([x.detach() for x in xs] for xs in (student, teacher))
         args = (student, teacher, mask, s_layout, t_layout, p, divergence, beta, mean)
         d, maps = getattr(torch.ops, namespace).attention(*args)

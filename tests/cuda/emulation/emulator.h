@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on the host: every thread of a block is a coroutine, so that __syncthreads and
-// warp shuffles mean what they mean on a GPU. Blocks run one after another in a scrambled order, and
-// so do the threads between two barriers: a missing barrier shows as a result that depends on the
-// seed. It is stricter than a GPU: all threads of a block must reach each barrier at the same line,
-// and all lanes of a warp each shuffle.
+// warp shuffles mean what they mean on a GPU. Blocks run one after another in a scrambled order,
+// and so do the threads between two barriers: a missing barrier shows as a result that depends on
+// the seed. It is stricter than a GPU: all threads of a block must reach each barrier at the same
+// line, and all lanes of a warp each shuffle.
 #pragma once
 
 #include <math.h>
@@ -93,8 +93,7 @@ inline void to_scheduler(bool last) {
 
 inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
-                                  &machine.scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
 #endif
   machine.body();
   machine.fibers[machine.current].finished = true;
@@ -202,7 +201,8 @@ inline void launch(int64_t blocks, int threads, int64_t shared, unsigned seed,
 
 }  // namespace emulator
 
-// --- what device code calls ------------------------------------------------------------------------
+// --- what device code calls
+// ------------------------------------------------------------------------
 
 #define __syncthreads() emulator::sync_block(__LINE__)
 #define __shfl_xor_sync(mask, value, lane_mask) \
