@@ -573,8 +573,8 @@ def plan_forward(
         at += 2 * n * cells[i] * step
         walks = [Walk.of([x], dtype == torch.float64) for x in pair]
         vectors = [walk.vector([x]) for walk, x in zip(walks, pair, strict=True)]
-        if pair[0].dtype == pair[1].dtype:
-            # A load's width decides how a tile is summed, and equal maps must come out equal
+        if pair[0] == pair[1]._replace(address=pair[0].address):
+            # A load's width decides how a tile is summed, and equal operands must come out equal
             # wherever the two lie in memory.
             vectors = [min(vectors)] * 2
         for x, walk, vector, out in zip(pair, walks, vectors, ends, strict=True):

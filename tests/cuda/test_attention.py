@@ -176,7 +176,7 @@ def test_tokens(gpu: Emulated, channel: int, dtype: torch.dtype) -> None:
         check(gpu, case(student, teacher, layout=(channel, 2, 4, 6), t_layout=NCHW), 2, divergence)
     prefix[:] = torch.nan
     c = case(student, teacher, layout=(channel, 2, 4, 6), t_layout=NCHW)
-    _, maps = call(gpu, c, 2.0, 0, 0.5, False)
+    each, maps = call(gpu, c, 2.0, 0, 0.5, False)
     grad = call_backward(gpu, c, maps, torch.ones_like(each), 2.0, 0, 0.5)[0]
     assert each.isfinite().all()
     assert grad.isfinite().all()
@@ -383,7 +383,7 @@ def test_offsets_beyond_32_bits(gpu: Emulated, which: str) -> None:
     x.copy_(draw(*shape))
     teacher = draw(*shape, dtype=torch.float16)
     c, dense = case(x, teacher), case(x.contiguous(), teacher)
-    _, maps = call(gpu, c, 2.0, 0, 0.5, False)
+    each, maps = call(gpu, c, 2.0, 0, 0.5, False)
     wanted = answer(dense, 2.0, 0, 0.5, torch.ones(1, shape[0]))
     torch.testing.assert_close(each.double(), wanted.distance, rtol=1e-5, atol=1e-6)
     space = [1, *shape[2:]]

@@ -14,22 +14,9 @@ from torch import Tensor
 import lwkd
 from tests import cases, oracle, tolerances
 from tests.cases import CASES, DTYPES, LAYOUTS, Case, Option, Target, each_target, fast_target
+from tests.ops.battery import close, one_thread
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the shapes are small, and conftest restores it
-
-
-def close(got: Tensor, want: Tensor, bound: Tensor, what: Any) -> None:
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
-    got, want, bound = got.detach().cpu().double(), want.cpu(), bound.cpu()
-    bad = ~((got - want).abs() <= bound)  # a NaN is bad too
-    if bad.any():
-        i = tuple(bad.nonzero()[0].tolist())
-        text = f"{what}: {int(bad.sum())} of {bad.numel()} wrong, the first at {i}: "
-        text += f"{got[i].item()}, not {want[i].item()} ± {bound[i].item():.1e}"
-        pytest.fail(text)
+__all__ = ["one_thread"]  # a fixture
 
 
 def cotangent(inputs: cases.Inputs, option: Option) -> tuple[Tensor, Tensor]:

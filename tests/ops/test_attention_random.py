@@ -10,17 +10,13 @@ from torch import Tensor
 
 from tests import cases, oracle
 from tests.cases import Target, cpu_target
-from tests.ops.test_attention_faults import agrees
+from tests.ops.battery import agrees, one_thread
 
+__all__ = ["one_thread"]  # a fixture
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @st.composite
