@@ -80,7 +80,7 @@ def test_values_and_gradients(target: Target, dtype: str, layout: str) -> None:
 def test_maps(target: Target, layout: str) -> None:
     """Faults 2, 3: ops.attention_maps and its gradient."""
     for dtype, (case, p) in itertools.product(DTYPES, map_samples()):
-        if target.slow and (case.name != "plain" or p != 1.5):
+        if target.slow and (case.name, p, dtype) not in (("plain", 1.5, "f32"), ("1-d", 2, "f16")):
             continue
         inputs = cases.make(case, dtype, layout, target.device)
         xs = [x.detach().requires_grad_() for x in inputs.student]

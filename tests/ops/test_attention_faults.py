@@ -102,7 +102,7 @@ def test_nan_comes_out_where_it_went_in(target: Target, divergence: str, value: 
     clean, grads = run(target, student, teacher, **options)
     turns = itertools.product((0, 1), range(3), places(student[0]))
     for turn, (side, layer, _) in enumerate(turns):
-        if target.slow and turn % 11:
+        if target.slow and turn % 17:
             continue
         lists = [[x.clone() for x in student], [x.clone() for x in teacher]]
         x = lists[side][layer]
@@ -141,7 +141,7 @@ def test_what_is_masked_out_does_not_leak(target: Target, divergence: str) -> No
     mask = [m if m is None else m.to(target.device) for m in mask]
     clean, grads = run(target, student, teacher, mask=mask, divergence=divergence)
     assert clean[1, 3] == 0
-    for value in (float("nan"), float("inf")):
+    for value in (float("nan"), float("inf"))[: 1 if target.slow else 2]:
         s, t = [x.clone() for x in student], [x.clone() for x in teacher]
         s[1].masked_fill_(out[:, None], value)
         t[1].masked_fill_(out[:, None], value)
