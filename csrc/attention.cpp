@@ -428,6 +428,8 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
                                        double p, int64_t divergence, double beta) {
   const int64_t count = space.size() / 3, samples = xs[0].size(0);
   const bool wide = maps.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(grad.scalar_type() == maps.scalar_type(),
+                  "lwkd: attention_backward: grad must have the dtype of maps");
   std::vector<int64_t> cells(count), offsets(count);
   for (int64_t l = 0, offset = 0; l < count; ++l) {
     cells[l] = space[3 * l] * space[3 * l + 1] * space[3 * l + 2];

@@ -254,9 +254,41 @@ def test_one_call_for_layers_of_every_kind() -> None:
         assert torch.equal(d[i : i + 1], alone), names[i]
         assert torch.equal(maps[at : at + own.numel()], own), names[i]
         at += own.numel()
-        for side, got in enumerate(backward(g[i : i + 1], [x], own, option)):
+        for side, got in enumerate(backward(g[i : i + 1].contiguous(), [x], own, option)):
             assert torch.equal(grads[side][i], got[0]), names[i]
     assert at == maps.numel()
+
+
+@pytest.mark.parametrize("option", OPTIONS[:4])
+def test_maps_of_zeros_and_below_eps(option: dict[str, Any]) -> None:
+    """A map of zeros is uniform over what is kept (js) or 0 (l2); below eps the norm is eps."""
+    case = Case((4, 4, 6, 6), (4, 3, 5, 7), mask="contiguous")
+    for dtypes in ((F32, F32), (F64, F64)):
+        x = make(case, dtypes)
+        x.student[0], x.student[1], x.teacher[1] = 0, 0, 0
+        x.student[2] *= 1e-7 if option["p"] == 2 else 1e-14
+        weight = torch.tensor([[0.5, -2.0, 3.0, 1.0]], device=DEVICE)
+        want = judge(case, x, weight, option)
+        d, maps = forward([x], option)
+        close(d, want.value, want.value_bound)
+        grads = backward(weight.to(d.dtype), [x], maps, option)
+        for got, exact, bound in zip(grads, want.gradients, want.gradient_bounds, strict=True):
+            close(got[0], exact[0], bound[0])
+
+
+def test_gradients_are_rounded_to_nearest() -> None:
+    """What a half or bfloat16 gradient holds is the float32 gradient, rounded once."""
+    for dtype in (F16, B16):
+        for option in OPTIONS[:3]:
+            x = make(CASES["few channels"], (dtype, dtype))
+            wide = x._replace(student=x.student.float(), teacher=x.teacher.float())
+            maps = forward([wide], option)[1]
+            weight = torch.tensor([[0.3, 1e-39]], device=DEVICE)  # also where numbers are subnormal
+            for got, want in zip(
+                backward(weight, [x], maps, option), backward(weight, [wide], maps, option),
+                strict=True,
+            ):  # fmt: skip
+                assert torch.equal(got[0], want[0].to(dtype))
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0])
@@ -327,6 +359,10 @@ def test_equal_operands_are_at_a_distance_of_zero(divergence: str) -> None:
         layers.append(x._replace(teacher=twin))
     d, _ = forward(layers, option)
     assert torch.equal(d, torch.zeros_like(d))
+    x = torch.zeros(65, device=DEVICE)
+    pair = [x[:64].view(1, 1, 64)], [x[1:].view(1, 1, 64)]
+    plan, *_ = attention.plan_forward(*pair, [], [1, 0, 0, 0], [1, 0, 0, 0], 2.0, 0, 0.5, False)
+    assert [arguments.get("VECTOR") for _, _, arguments in plan.launches()] == [1, None]
 
 
 def test_repeats_bitwise() -> None:
