@@ -16,6 +16,7 @@ follows from shapes and strides: results repeat bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from .common import (
     INTERPRET,
     PLANE,
     Plan,
-    View,
     Walk,
+    element_size,
     helper,
     index_of,
     kernel,
@@ -42,6 +43,7 @@ from .common import (
     power,
     power_of,
     tile_of,
+    view_of,
     widen,
 )
 
@@ -439,49 +441,25 @@ def spread_kernel(
 # --- on the host ----------------------------------------------------------------------------------
 
 
-def _read(x: Tensor, layout: Sequence[int], lead: bool = False) -> View:
-    """View x as its layout says; ``lead``: with the leading tokens, space as one dimension."""
-    channel, prefix, h, w = layout
-    sizes, strides = x.shape, x.stride()
-    address, size, stride = x.data_ptr(), [1, 1, 1], [0, 0, 0]
-    if h:
-        step = strides[3 - channel]
-        if lead:
-            size[2], stride[2] = prefix + h * w, step
-        else:
-            size[1:], stride[1:] = (h, w), (w * step, step)
-            address += prefix * step * x.element_size()
-    else:
-        dims = [d for d in range(1, x.dim()) if d != channel]
-        size[3 - len(dims) :] = [sizes[d] for d in dims]
-        stride[3 - len(dims) :] = [strides[d] for d in dims]
-    return View(
-        address, x.dtype, sizes[0], sizes[channel], tuple(size), strides[0], strides[channel],
-        tuple(stride),
-    )  # fmt: skip
-
-
 class _Masks:
     """The masks of a call in the table: (address, place of their words) of each layer."""
 
     def __init__(self, plan: Plan, mask: Sequence[Tensor]) -> None:
-        self.plan, self.mask = plan, mask
+        self._plan, self._mask = plan, mask
+        self._none = 0, plan.share((0, *place_words([])))
         given = [merge(m.shape[1:], m.stride()[1:]) for m in mask if m.dim() > 1]
         self.dims = max(map(len, given), default=0)
 
     def __getitem__(self, layer: int) -> tuple[int, int]:
-        if not self.mask or self.mask[layer].dim() < 2:
-            return 0, self.plan.share((0, *place_words([])))
-        m = self.mask[layer]
+        if not self._mask or self._mask[layer].dim() < 2:
+            return self._none
+        m = self._mask[layer]
         words = place_words(merge(m.shape[1:], m.stride()[1:]))
-        return m.data_ptr(), self.plan.share((m.stride(0), *words))
+        return m.data_ptr(), self._plan.share((m.stride(0), *words))
 
 
-def _wide(*lists: Sequence[Tensor]) -> bool:
-    return any(x.dtype == torch.float64 for xs in lists for x in xs)
-
-
-def _dtype(wide: bool) -> torch.dtype:
+def _dtype(*lists: Sequence[Tensor]) -> torch.dtype:
+    wide = any(x.dtype == torch.float64 for xs in lists for x in xs)
     return torch.float64 if wide else torch.float32
 
 
@@ -499,37 +477,53 @@ class _Maps:
     """The maps of a call: first all sums over channels, then what is left to gather."""
 
     def __init__(self, plan: Plan, p: float, masks: _Masks) -> None:
-        self.plan, self.p, self.masks = plan, float(p), masks
+        self._plan, self._p, self._masks = plan, float(p), masks
+        self._walks: dict[Any, Walk] = {}
+        self._sums: dict[Any, Any] = {}
         self._gathers: list[Any] = []
         self._scratch: list[Tensor] = []
 
+    def walk(self, x: Tensor, layout: Sequence[int], dtype: torch.dtype) -> Walk:
+        """How x is walked, worked out once for all tensors alike."""
+        key = x.dtype, x.shape, x.stride(), *layout, dtype
+        if key not in self._walks:
+            views, wide = [view_of(x, key[3:7])], dtype == torch.float64
+            self._walks[key] = Walk(views, wide, target=1024, longest=1 << 40)
+        return self._walks[key]
+
     def add(
-        self, x: View, walk: Walk, vector: int, like: Tensor, space: tuple[int, ...],
+        self, walk: Walk, x: int, aligned: int, like: Tensor, space: tuple[int, ...],
         keep: tuple[int, int], out: int,
     ) -> None:  # fmt: skip
-        """Reduce x to its map [N, *space] at address ``out``; ``like``: of the maps' dtype."""
-        programs, splits, words = walk.shape([x], 0, target=1024, longest=1 << 40)
-        parts, raw = splits * walk.fold, out
-        if parts > 1 or space != x.size or keep[0]:
-            self._scratch.append(like.new_empty(parts * x.n * x.positions))
+        """Reduce the tensor at address x to its map [N, *space] at ``out``, of like's dtype.
+
+        ``aligned``: an address that tells what loads are allowed.
+        """
+        key = walk, aligned % 16, like.dtype
+        if key not in self._sums:
+            launch = self._plan.launch(
+                maps_kernel, p=self._p, ACC=DTYPES[like.dtype], POWER=power_of(self._p),
+                **walk.constants(aligned),
+            )  # fmt: skip
+            self._sums[key] = launch, self._plan.share(walk.words)
+        launch, shape = self._sums[key]
+        view, raw = walk.view, out
+        if walk.parts > 1 or space != view.size or keep[0]:
+            self._scratch.append(like.new_empty(walk.parts * view.n * view.positions))
             raw = self._scratch[-1].data_ptr()
-            self._gathers.append((x, parts, like.dtype, space, keep, raw, out))
-        self.plan.add(
-            maps_kernel, programs, (x.address, raw, self.plan.share(words)),
-            p=self.p, DTYPE=DTYPES[x.dtype], ACC=DTYPES[like.dtype], POWER=power_of(self.p),
-            **walk.constants([x], vector),
-        )  # fmt: skip
+            self._gathers.append((walk, like.dtype, space, keep, raw, out))
+        start = view.start * element_size(view.dtype)
+        launch.append((walk.programs, (x + start, raw, shape)))
 
     def gather(self) -> None:
-        for x, parts, dtype, space, keep, raw, out in self._gathers:
-            cells = space[0] * space[1] * space[2]
-            windows = (1 if r == s else -(-r // s) + 1 for r, s in zip(x.size, space, strict=True))
-            shape = self.plan.share((parts, x.n, cells, *x.size, *space, *windows))
-            self.plan.add(
-                gather_kernel, -(-x.n * cells // _FLAT), (raw, out, shape, *keep),
-                ACC=DTYPES[dtype], POOLED=space != x.size, MASK=self.masks.dims,
-                INDEX=_pool_index(x.n, x.size, space), BLOCK=_FLAT,
-            )  # fmt: skip
+        for walk, dtype, space, keep, raw, out in self._gathers:
+            n, size, cells = walk.view.n, walk.view.size, space[0] * space[1] * space[2]
+            windows = (1 if r == s else -(-r // s) + 1 for r, s in zip(size, space, strict=True))
+            shape = self._plan.share((walk.parts, n, cells, *size, *space, *windows))
+            self._plan.launch(
+                gather_kernel, ACC=DTYPES[dtype], POOLED=space != size, MASK=self._masks.dims,
+                INDEX=_pool_index(n, size, space), BLOCK=_FLAT,
+            ).append((-(-n * cells // _FLAT), (raw, out, shape, *keep)))  # fmt: skip
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -551,45 +545,49 @@ def plan_forward(
     mean: bool,
 ) -> tuple[Plan, Tensor, Tensor, Any]:
     """Plan :func:`forward`, allocate its results; the last item keeps what the plan needs alive."""
-    like, n = student[0], student[0].shape[0]
-    dtype = _dtype(_wide(student, teacher))
-    pairs = [
-        (_read(s, student_layout[4 * i : 4 * i + 4]), _read(t, teacher_layout[4 * i : 4 * i + 4]))
-        for i, (s, t) in enumerate(zip(student, teacher, strict=True))
+    like, n, length = student[0], student[0].shape[0], len(student)
+    dtype = _dtype(student, teacher)
+    plan = Plan(like.device)
+    masks = _Masks(plan, mask)
+    maps = _Maps(plan, p, masks)
+    walks = [
+        (
+            maps.walk(student[i], student_layout[4 * i : 4 * i + 4], dtype),
+            maps.walk(teacher[i], teacher_layout[4 * i : 4 * i + 4], dtype),
+        )
+        for i in range(length)
     ]
-    spaces = [tuple(map(min, s.size, t.size)) for s, t in pairs]
+    spaces = [tuple(map(min, s.view.size, t.view.size)) for s, t in walks]
     cells = [a * b * c for a, b, c in spaces]
     flat = like.new_empty(2 * n * sum(cells), dtype=dtype)
-    shape = (len(pairs),) if mean else (len(pairs), n)
-    plan = Plan(like.device)
+    shape = (length,) if mean else (length, n)
     if n == 0:
         return plan, like.new_zeros(shape, dtype=dtype), flat, None
     distance = like.new_empty(shape, dtype=dtype)
-    each = like.new_empty((len(pairs), n), dtype=torch.float64) if mean else distance
-    masks = _Masks(plan, mask)
-    maps, rows, at, step = _Maps(plan, p, masks), [], flat.data_ptr(), flat.element_size()
-    for i, (pair, space) in enumerate(zip(pairs, spaces, strict=True)):
+    each = like.new_empty((length, n), dtype=torch.float64) if mean else distance
+    at, step, rows = flat.data_ptr(), flat.element_size(), []
+    result, size = each.data_ptr(), each.element_size()
+    for i, (pair, space) in enumerate(zip(walks, spaces, strict=True)):
         keep, ends = masks[i], (at, at + n * cells[i] * step)
         at += 2 * n * cells[i] * step
-        walks = [Walk.of([x], dtype == torch.float64) for x in pair]
-        vectors = [walk.vector([x]) for walk, x in zip(walks, pair, strict=True)]
-        if pair[0] == pair[1]._replace(address=pair[0].address):
-            # A load's width decides how a tile is summed, and equal operands must come out equal
-            # wherever the two lie in memory.
-            vectors = [min(vectors)] * 2
-        for x, walk, vector, out in zip(pair, walks, vectors, ends, strict=True):
+        rows.append((n, (*ends, result + i * n * size, cells[i], *keep)))
+        addresses = student[i].data_ptr(), teacher[i].data_ptr()
+        # A load's width decides how a tile is summed: equal operands are read alike, wherever
+        # the two lie in memory.
+        alike = addresses[0] | addresses[1] if pair[0] is pair[1] else None
+        for walk, x, out in zip(pair, addresses, ends, strict=True):
             if cells[i]:
-                maps.add(x, walk, vector, flat, space, keep, out)
-        rows.append((*ends, each[i].data_ptr(), cells[i], *keep))
+                maps.add(walk, x, x if alike is None else alike, flat, space, keep, out)
     maps.gather()
-    for row in rows:
-        plan.add(
-            distance_kernel, n, row, beta=float(beta), JS=bool(divergence), ACC=DTYPES[dtype],
-            OUT=DTYPES[each.dtype], MASK=masks.dims, BLOCK=_block(max(cells)),
-        )  # fmt: skip
-    for i in range(len(pairs) if mean else 0):
-        row = (each[i].data_ptr(), distance[i].data_ptr(), n)
-        plan.add(mean_kernel, 1, row, OUT=DTYPES[dtype], BLOCK=_block(n))
+    plan.launch(
+        distance_kernel, beta=float(beta), JS=bool(divergence), ACC=DTYPES[dtype],
+        OUT=DTYPES[each.dtype], MASK=masks.dims, BLOCK=_block(max(cells)),
+    ).extend(rows)  # fmt: skip
+    if mean:
+        end, step = distance.data_ptr(), distance.element_size()
+        plan.launch(mean_kernel, OUT=DTYPES[dtype], BLOCK=_block(n)).extend(
+            (1, (result + i * n * size, end + i * step, n)) for i in range(length)
+        )
     return plan, distance, flat, (each, maps)
 
 
@@ -608,13 +606,12 @@ def plan_maps(
     masks = _Masks(plan, ())
     sums, outs = _Maps(plan, p, masks), []
     for x, channel in zip(xs, channel_dims, strict=True):
-        view, wide = _read(x, (channel, 0, 0, 0)), _wide([x])
         sizes = [s for d, s in enumerate(x.shape) if d != channel]
-        out = x.new_empty(sizes, dtype=_dtype(wide))
+        out = x.new_empty(sizes, dtype=_dtype([x]))
         outs.append(out)
         if out.numel():
-            walk = Walk.of([view], wide)
-            sums.add(view, walk, walk.vector([view]), out, view.size, masks[0], out.data_ptr())
+            walk, at = sums.walk(x, (channel, 0, 0, 0), out.dtype), x.data_ptr()
+            sums.add(walk, at, at, out, walk.view.size, masks[0], out.data_ptr())
     sums.gather()
     return plan, outs, sums
 
@@ -643,43 +640,44 @@ def plan_backward(
     n, step, acc = xs[0].shape[0], maps.element_size(), DTYPES[maps.dtype]
     spaces = [tuple(space[i : i + 3]) for i in range(0, len(space), 3)]
     cells = [a * b * c for a, b, c in spaces]
+    starts = [2 * n * step * s for s in accumulate(cells, initial=0)]
     plan = Plan(maps.device)
-    masks, keep_alive, slopes, scatters, spreads, grads = _Masks(plan, mask), [], [], [], [], []
-    for i, (x, layer, side) in enumerate(zip(xs, layers, sides, strict=True)):
-        grads.append(torch.empty_like(x))
-        how, size = layout[4 * i : 4 * i + 4], n * cells[layer]
-        raw = _read(x, how)
+    masks, grads = _Masks(plan, mask), [torch.empty_like(x) for x in xs]
+    slopes = plan.launch(
+        slope_kernel, grad_stride=grad.stride(1) if grad.dim() > 1 else 0,
+        scale=float(p) / (max(n, 1) if grad.dim() == 1 else 1), beta=float(beta),
+        JS=bool(divergence), ACC=acc, GRAD=DTYPES[grad.dtype], MASK=masks.dims,
+        BLOCK=_block(max(cells)),
+    )  # fmt: skip
+    keep_alive, spreads, walks = [], [], {}
+    for i, (x, dx, layer, side) in enumerate(zip(xs, grads, layers, sides, strict=True)):
+        size = n * cells[layer]
         if x.numel() == 0 or size == 0:
-            grads[i].zero_()
+            dx.zero_()
             continue
-        pooled = n * raw.positions if raw.size != spaces[layer] else 0
+        key = x.dtype, x.shape, x.stride(), dx.stride(), *layout[4 * i : 4 * i + 4]
+        if key not in walks:
+            views = [view_of(y, key[4:], lead=True) for y in (x, dx)]
+            walk = Walk(views, maps.dtype == torch.float64, target=2048, longest=4)
+            walks[key] = walk, view_of(x, key[4:]).size, plan.share(walk.words)
+        walk, raw, shape = walks[key]
+        pooled = n * raw[0] * raw[1] * raw[2] if raw != spaces[layer] else 0
         keep_alive.append(maps.new_empty(size + pooled))
-        slope = keep_alive[-1].data_ptr()
-        first = maps.data_ptr() + 2 * n * sum(cells[:layer]) * step
+        slope, first = keep_alive[-1].data_ptr(), maps.data_ptr() + starts[layer]
         ends = (first + side * size * step, first + (1 - side) * size * step)
         at = grad.data_ptr() + layer * grad.stride(0) * grad.element_size()
-        slopes.append((*ends, slope, cells[layer], *masks[layer], at, side))
+        slopes.append((n, (*ends, slope, cells[layer], *masks[layer], at, side)))
         if pooled:
-            shape = plan.share((n, *raw.size, *spaces[layer]))
-            index = _pool_index(n, raw.size, spaces[layer])
-            scatters.append((pooled, (slope, slope + size * step, shape), index))
+            where = plan.share((n, *raw, *spaces[layer]))
+            index = _pool_index(n, raw, spaces[layer])
+            plan.launch(scatter_kernel, ACC=acc, INDEX=index, BLOCK=_FLAT).append(
+                (-(-pooled // _FLAT), (slope, slope + size * step, where))
+            )
             slope += size * step
-        views = [_read(x, how, lead=True), _read(grads[i], how, lead=True)]
-        spreads.append((views, how[1] if how[2] else 0, slope))
-    for row in slopes:
-        plan.add(
-            slope_kernel, n, row, grad_stride=grad.stride(1) if grad.dim() > 1 else 0,
-            scale=float(p) / (n if grad.dim() == 1 else 1), beta=float(beta), JS=bool(divergence),
-            ACC=acc, GRAD=DTYPES[grad.dtype], MASK=masks.dims, BLOCK=_block(max(cells)),
-        )  # fmt: skip
-    for count, row, index in scatters:
-        plan.add(scatter_kernel, -(-count // _FLAT), row, ACC=acc, INDEX=index, BLOCK=_FLAT)
-    for views, lead, slope in spreads:
-        walk = Walk.of(views, maps.dtype == torch.float64)
-        programs, _, words = walk.shape(views, lead, target=2048, longest=4)
-        plan.add(
-            spread_kernel, programs, (*(v.address for v in views), slope, plan.share(words)),
-            p=p - 1.0, DTYPE=DTYPES[views[0].dtype], ACC=acc, POWER=power_of(p),
-            PERIODIC=walk.order == PLANE or lead > 0, **walk.constants(views, walk.vector(views)),
-        )  # fmt: skip
+        spreads.append((walk, (x.data_ptr(), dx.data_ptr(), slope, shape)))
+    for walk, row in spreads:
+        plan.launch(
+            spread_kernel, p=p - 1.0, ACC=acc, POWER=power_of(p),
+            PERIODIC=walk.order == PLANE or walk.view.lead > 0, **walk.constants(*row[:2]),
+        ).append((walk.programs, row))  # fmt: skip
     return plan, grads, keep_alive

@@ -81,10 +81,7 @@ def locate(table, base, items, WIDTH: tl.constexpr, ITEMS: tl.constexpr):
 
 
 class Plan:
-    """The launches of one call, in the order in which their first row was added.
-
-    Rows of equal kernel and constants share a launch: (first program, *row).
-    """
+    """The launches of one call, in the order in which they were asked for."""
 
     def __init__(self, device: torch.device) -> None:
         if INTERPRET and device.type != "cpu":
@@ -103,16 +100,15 @@ class Plan:
             self.words += words
         return self._known[words]
 
-    def add(self, kernel: Any, programs: int, row: tuple[int, ...], **constants: Any) -> None:
-        """Let ``programs`` programs of ``kernel`` work on ``row``."""
-        if programs:
-            key = (kernel, tuple(constants.items()))
-            self._launches.setdefault(key, []).append((programs, row))
+    def launch(self, kernel: Any, **constants: Any) -> list[tuple[int, tuple[int, ...]]]:
+        """The one launch of ``kernel`` with these constants: append (programs, row) to it."""
+        return self._launches.setdefault((kernel, tuple(constants.items())), [])
 
     def launches(self) -> list[tuple[Any, int, dict[str, Any]]]:
         """(kernel, programs, its arguments but for the table), once: writes rows to ``words``."""
         out = []
-        for (kernel, constants), rows in self._launches.items():
+        for (kernel, constants), every in self._launches.items():
+            rows = [row for row in every if row[0]]
             for start in range(0, len(rows), ITEMS[-1]):
                 part = rows[start : start + ITEMS[-1]]
                 base, first = len(self.words), 0
@@ -158,9 +154,8 @@ class Plan:
 
 
 class View(NamedTuple):
-    """One activation, read in place as [N, C, d0, d1, d2]; strides in elements."""
+    """How one activation is read in place as [N, C, d0, d1, d2]; strides in elements."""
 
-    address: int
     dtype: torch.dtype
     n: int
     c: int
@@ -168,18 +163,42 @@ class View(NamedTuple):
     stride_n: int
     stride_c: int
     stride: tuple[int, int, int]
+    start: int  # of what is read, in elements
+    lead: int  # positions that have no slope
 
     @property
     def positions(self) -> int:
         return self.size[0] * self.size[1] * self.size[2]
 
+    @property
     def runs(self) -> list[tuple[int, int]]:
         """Space in as few dimensions as memory allows."""
         return merge(self.size, self.stride)
 
+    @property
     def all_runs(self) -> list[tuple[int, int]]:
         """Samples and space in as few dimensions as memory allows."""
         return merge((self.n, *self.size), (self.stride_n, *self.stride))
+
+
+def view_of(x: Tensor, layout: tuple[int, ...], lead: bool = False) -> View:
+    """View x as its layout says, less the leading tokens; ``lead``: with them, space unfolded."""
+    channel, prefix, h, w = layout
+    sizes, strides, size, stride, start = x.shape, x.stride(), [1, 1, 1], [0, 0, 0], 0
+    if h:
+        step = strides[3 - channel]
+        if lead:
+            size[2], stride[2] = prefix + h * w, step
+        else:
+            size[1:], stride[1:], start = (h, w), (w * step, step), prefix * step
+    else:
+        dims = [d for d in range(1, x.dim()) if d != channel]
+        size[3 - len(dims) :] = [sizes[d] for d in dims]
+        stride[3 - len(dims) :] = [strides[d] for d in dims]
+    return View(
+        x.dtype, sizes[0], sizes[channel], tuple(size), strides[0], strides[channel],
+        tuple(stride), start, prefix if h and lead else 0,
+    )  # fmt: skip
 
 
 def merge(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
@@ -208,72 +227,20 @@ def index_of(count: int) -> tl.dtype:
     return tl.int32 if count < 2**31 - 2**16 else tl.int64
 
 
-class Walk(NamedTuple):
-    """How tensors of one shape are cut into tiles.
+class Walk:
+    """How tensors of one shape are cut into tiles: an activation, and its gradient if it has one.
 
     It follows from shapes and strides, never from addresses: equal layouts are summed in equal
     order. ``fold``: so many channels, contiguous with their positions, are read as one, because a
-    row of 7×7 positions begins at 16 bytes only every 8 channels.
+    row of 7×7 positions begins at 16 bytes only every 8 channels. ``parts``: sums that a position
+    is left with, since programs share the channels. ``target``: programs wanted at the least;
+    ``longest``: tiles of channels that one program takes at the most.
     """
 
-    order: int
-    fold: int
-    channels: int  # of a tile
-    positions: int  # of a tile
-
-    @classmethod
-    def of(cls, views: list[View], wide: bool) -> Walk:
-        """``views``: an activation, and its gradient if that is written at the same time."""
-        c, p = views[0].c, views[0].positions
-        size = max(element_size(v.dtype) for v in views)
-        tile = 2048 if wide else 16384 // size
-        unit = all(len(r) == 1 and r[0][1] == 1 for r in (v.runs() for v in views))
-        if c > 1 and all(v.stride_c == 1 for v in views) and not (unit and p >= 8):
-            channels = 64 if c <= 128 else 256
-            return cls(ROWS, 1, channels, tile // channels)
-        fold = 1
-        if unit and c > 1 and p > 0 and all(v.stride_c == p for v in views):
-            fold = _fold(c, p, size, tile // 128)
-        channels = 4 if c // fold <= 8 else tile // 128
-        order = PLANE if unit and p * fold >= 32 else ANY
-        return cls(order, fold if order == PLANE else 1, channels, tile // channels)
-
-    def vector(self, views: list[View]) -> int:
-        """Elements of a 16-byte load, or 1 where addresses or strides do not allow it."""
-        vector = 16 // max(element_size(v.dtype) for v in views)
-        if self.order == ANY:
-            return 1
-        for v in views:
-            if self.order == PLANE:
-                steps = [v.positions * self.fold, v.stride_c * self.fold if v.c > 1 else 0]
-                steps.append(v.stride_n if v.n > 1 else 0)
-            else:
-                steps = [v.c, *(stride for _, stride in v.all_runs())]
-            if v.address % 16 or any(s % vector for s in steps):
-                return 1
-        return vector
-
-    def constants(self, views: list[View], vector: int) -> dict[str, Any]:
-        """The constants of a kernel that walks so."""
-        x = views[0]
-        plane = self.order == PLANE
-        return {
-            "ORDER": self.order,
-            "VECTOR": vector,
-            "CB": self.channels,
-            "QB": self.positions,
-            "RUNS": 1 if plane else max(len(v.all_runs()) for v in views),
-            "INDEX": index_of(x.positions * self.fold if plane else x.n * x.positions),
-        }
-
-    def shape(
-        self, views: list[View], lead: int, target: int, longest: int
-    ) -> tuple[int, int, tuple[int, ...]]:
-        """(programs, splits of the channels, words) that bring about ``target`` programs.
-
-        A program takes at most ``longest`` tiles of channels.
-        """
-        x = views[0]
+    def __init__(self, views: list[View], wide: bool, target: int, longest: int) -> None:
+        x = self.view = views[0]
+        self._views = views
+        self._cut(wide)
         c, p = x.c // self.fold, x.positions * self.fold
         samples, positions = (x.n, p) if self.order == PLANE else (1, x.n * p)
         tiles = -(-positions // self.positions)
@@ -281,11 +248,60 @@ class Walk(NamedTuple):
         splits = min(max(-(-target // max(samples * tiles, 1)), -(-steps // longest), 1), steps)
         chunk = -(-steps // splits)
         splits = -(-steps // chunk)
-        words = (tiles, splits, chunk * self.channels, c, positions, x.n, x.positions, lead)
+        self.programs, self.parts = samples * splits * tiles, splits * self.fold
+        self.words = (
+            tiles, splits, chunk * self.channels, c, positions, x.n, x.positions, x.lead,
+        )  # fmt: skip
         for v in views:
-            runs = [(1, v.stride_n)] if self.order == PLANE else v.all_runs()
-            words += (v.stride_c * self.fold, *place_words(runs))
-        return samples * splits * tiles, splits, words
+            runs = [(1, v.stride_n)] if self.order == PLANE else v.all_runs
+            self.words += (v.stride_c * self.fold, *place_words(runs))
+        self._vector = self._widest()
+
+    def _cut(self, wide: bool) -> None:
+        x, views, p = self.view, self._views, self.view.positions
+        size = max(element_size(v.dtype) for v in views)
+        tile = 2048 if wide else 16384 // size
+        unit = all(len(r) == 1 and r[0][1] == 1 for r in (v.runs for v in views))
+        self.order, self.fold = ANY, 1
+        if x.c > 1 and all(v.stride_c == 1 for v in views) and not (unit and p >= 8):
+            self.order, self.channels = ROWS, 64 if x.c <= 128 else 256
+        else:
+            fold = 1
+            if unit and x.c > 1 and p > 0 and all(v.stride_c == p for v in views):
+                fold = _fold(x.c, p, size, tile // 128)
+            self.channels = 4 if x.c // fold <= 8 else tile // 128
+            if unit and p * fold >= 32:
+                self.order, self.fold = PLANE, fold
+        self.positions = tile // self.channels
+
+    def _widest(self) -> int:
+        """Elements of a 16-byte load where strides allow it, else 1."""
+        vector = 16 // max(element_size(v.dtype) for v in self._views)
+        if self.order == ANY:
+            return 1
+        for v in self._views:
+            steps = [v.start]
+            if self.order == PLANE:
+                steps += [v.positions * self.fold, v.stride_c * self.fold if v.c > 1 else 0]
+                steps.append(v.stride_n if v.n > 1 else 0)
+            else:
+                steps += [v.c, *(stride for _, stride in v.all_runs)]
+            if any(s % vector for s in steps):
+                return 1
+        return vector
+
+    def constants(self, *addresses: int) -> dict[str, Any]:
+        """The constants of a kernel that walks so over tensors at these addresses."""
+        x, plane = self.view, self.order == PLANE
+        return {
+            "DTYPE": DTYPES[x.dtype],
+            "ORDER": self.order,
+            "VECTOR": 1 if any(a % 16 for a in addresses) else self._vector,
+            "CB": self.channels,
+            "QB": self.positions,
+            "RUNS": 1 if plane else max(len(v.all_runs) for v in self._views),
+            "INDEX": index_of(x.positions * self.fold if plane else x.n * x.positions),
+        }
 
 
 def _fold(c: int, p: int, size: int, rows: int) -> int:

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from lwkd.kernels import attention, common
-from lwkd.kernels.common import ANY, PLANE, ROWS
+from lwkd.kernels.common import ANY, PLANE, ROWS, log1p
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -222,9 +222,8 @@ def test_values_and_gradients(name: str, dtypes: Any, option: dict[str, Any]) ->
     case = CASES[name]
     x = make(case, dtypes)
     if case.order is not None:
-        channel, prefix, h, w = x.layouts[0]
-        view = attention._read(x.student, (channel, prefix, h, w))
-        assert common.Walk.of([view], F64 in dtypes).order == case.order
+        view = common.view_of(x.student, x.layouts[0])
+        assert common.Walk([view], F64 in dtypes, 1, 1).order == case.order
     n = x.student.shape[0]
     weight = torch.randn(1, n, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     want = judge(case, x, weight, option)
@@ -289,6 +288,21 @@ def test_gradients_are_rounded_to_nearest() -> None:
                 strict=True,
             ):  # fmt: skip
                 assert torch.equal(got[0], want[0].to(dtype))
+
+
+@triton.jit
+def log1p_kernel(x, y):
+    i = tl.arange(0, 64)
+    tl.store(y + i, log1p(tl.load(x + i)))
+
+
+def test_log1p() -> None:
+    """To four roundings, however small its argument."""
+    u = torch.logspace(-20, 3, 64, dtype=F64, device=DEVICE)
+    for x in (u, -u.clamp_max(0.99), torch.zeros_like(u)):
+        y = torch.empty_like(x)
+        log1p_kernel[(1,)](x, y, enable_fp_fusion=False)
+        close(y, x.log1p(), 4 * tolerances.U[F64] * x.log1p().abs())
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0])

@@ -282,7 +282,7 @@ def test_autocast(dtype):
         want = expected(pairs, *nets, IMAGE)  # from the same half-precision activations
     assert d.dtype == torch.float32
     close(d, want, rtol=1e-4, atol=1e-6)
-    close(AttentionMeter(pair_layers(nets[0].to(dtype), nets[1].to(dtype), ["1"])).measure(
+    close(AttentionMeter(pair_layers(nets[0].to(dtype), nets[1].to(dtype), ["0"])).measure(
         IMAGE.to(dtype)), expected(pairs[:1], *nets, IMAGE.to(dtype)), rtol=1e-4)  # fmt: skip
 
 

@@ -210,6 +210,19 @@ def test_js_of_nearly_equal_networks(target: Target, difference: float) -> None:
     assert error <= tolerances.JS_NEARLY_EQUAL[difference]
 
 
+@each_target
+def test_no_distance_is_negative(target: Target) -> None:
+    """Every term of js is ≥ 0, down to differences in the last bit, with few positions too."""
+    t = cases.draw((64, 2, 3), torch.float32, 1)
+    noise = cases.draw((64, 2, 3), torch.float32, 2)
+    for difference in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+        pair = [x.to(target.device) for x in (t * (1 + difference * noise), t)]
+        options = {"channel_dim": 1, "divergence": "js", "reduction": "none"}
+        d = target.distance(pair[:1], pair[1:], **options)
+        assert (d >= 0).all(), difference
+        assert d.max() < 4 * difference**2
+
+
 @fast_target
 @pytest.mark.parametrize("divergence", ["l2", "js"])
 def test_errors_over_many_draws_are_no_worse_than_eager(target: Target, divergence: str) -> None:
