@@ -23,6 +23,7 @@ else:
     settings.load_profile(os.environ.get("LWKD_HYPOTHESIS", "change"))
 
 REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
+KILLS = int(os.environ.get("LWKD_KILLS", "6"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
