@@ -463,6 +463,10 @@ def _dtype(*lists: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def _small(dtype: torch.dtype, p: float) -> bool:
+    return dtype == torch.float64 or power_of(p) == 0
+
+
 def _block(count: int) -> int:
     return 128 if count <= 128 else 1024
 
@@ -487,8 +491,8 @@ class _Maps:
         """How x is walked, worked out once for all tensors alike."""
         key = x.dtype, x.shape, x.stride(), *layout, dtype
         if key not in self._walks:
-            views, wide = [view_of(x, key[3:7])], dtype == torch.float64
-            self._walks[key] = Walk(views, wide, target=1024, longest=1 << 40)
+            view, small = view_of(x, key[3:7]), _small(dtype, self._p)
+            self._walks[key] = Walk([view], small, target=1024, longest=1 << 40)
         return self._walks[key]
 
     def add(
@@ -658,7 +662,7 @@ def plan_backward(
         key = x.dtype, x.shape, x.stride(), dx.stride(), *layout[4 * i : 4 * i + 4]
         if key not in walks:
             views = [view_of(y, key[4:], lead=True) for y in (x, dx)]
-            walk = Walk(views, maps.dtype == torch.float64, target=2048, longest=4)
+            walk = Walk(views, _small(maps.dtype, p), target=2048, longest=4)
             walks[key] = walk, view_of(x, key[4:]).size, plan.share(walk.words)
         walk, raw, shape = walks[key]
         pooled = n * raw[0] * raw[1] * raw[2] if raw != spaces[layer] else 0

@@ -233,14 +233,15 @@ class Walk:
     It follows from shapes and strides, never from addresses: equal layouts are summed in equal
     order. ``fold``: so many channels, contiguous with their positions, are read as one, because a
     row of 7×7 positions begins at 16 bytes only every 8 channels. ``parts``: sums that a position
-    is left with, since programs share the channels. ``target``: programs wanted at the least;
+    is left with, since programs share the channels. ``small``: tiles of 16 elements a thread, where
+    an element takes two registers or much code. ``target``: programs wanted at the least;
     ``longest``: tiles of channels that one program takes at the most.
     """
 
-    def __init__(self, views: list[View], wide: bool, target: int, longest: int) -> None:
+    def __init__(self, views: list[View], small: bool, target: int, longest: int) -> None:
         x = self.view = views[0]
         self._views = views
-        self._cut(wide)
+        self._cut(small)
         c, p = x.c // self.fold, x.positions * self.fold
         samples, positions = (x.n, p) if self.order == PLANE else (1, x.n * p)
         tiles = -(-positions // self.positions)
@@ -257,10 +258,10 @@ class Walk:
             self.words += (v.stride_c * self.fold, *place_words(runs))
         self._vector = self._widest()
 
-    def _cut(self, wide: bool) -> None:
+    def _cut(self, small: bool) -> None:
         x, views, p = self.view, self._views, self.view.positions
         size = max(element_size(v.dtype) for v in views)
-        tile = 2048 if wide else 16384 // size
+        tile = 2048 if small else 16384 // size
         unit = all(len(r) == 1 and r[0][1] == 1 for r in (v.runs for v in views))
         self.order, self.fold = ANY, 1
         if x.c > 1 and all(v.stride_c == 1 for v in views) and not (unit and p >= 8):
