@@ -9,6 +9,7 @@ MAX_JOBS               compile jobs; by default bounded by the memory at hand
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
+CUDART = "libcudart_static.a"
 SANITIZE = os.environ.get("LWKD_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
 BUILDING = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:])
 
@@ -43,6 +45,22 @@ def import_torch() -> Any:
     return torch
 
 
+def ask(*command: str | Path) -> str:
+    """Return what a command prints, on either stream."""
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout
+
+
+def home_of(nvcc: str) -> Path:
+    """Return the toolkit that an nvcc on PATH belongs to: it may be a link, or a script."""
+    for program in (Path(nvcc).resolve(), nvcc):
+        said = re.search(r"^#\$ TOP=(.*)$", ask(program, "--dryrun", "-x", "cu", os.devnull), re.M)
+        if said:
+            return Path(said[1]).resolve()
+    return Path(nvcc).resolve().parents[1]
+
+
 def find_cuda(torch: Any) -> tuple[Path | None, str]:
     """Return the CUDA toolkit's home and its version, or None and the reason."""
     if os.environ.get("LWKD_CUDA", "auto") == "0":
@@ -50,12 +68,12 @@ def find_cuda(torch: Any) -> tuple[Path | None, str]:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc")
     homes = [Path(named)] if named else []
-    homes += [Path(found).resolve().parents[1]] if found else []
+    homes += [home_of(found)] if found else []
     homes += [Path("/usr/local/cuda")]
-    home = next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include").exists()), None)
+    home = next((h for h in homes if (h / "bin/nvcc").exists()), None)
     if home is None:
         return None, "no nvcc was found (set CUDA_HOME)"
-    text = subprocess.run([home / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    text = ask(home / "bin/nvcc", "--version")
     version = text.split("release ")[-1].split(",")[0]
     wanted = torch.version.cuda
     if wanted and wanted.split(".")[0] != version.split(".")[0]:
@@ -113,6 +131,8 @@ def cpu_extension(cpp: Any) -> Any:
 def cuda_extension(cpp: Any, home: Path) -> Any:
     """Describe lwkd._C_cuda: a plain shared library of CUDA kernels, loadable without Python."""
     cpp.CUDA_HOME = str(home)  # torch leaves it None on CPU builds
+    # Where it lies differs between NVIDIA's, conda's and pip's toolkits.
+    runtimes = [p for d in ("lib64", "lib", "targets/*/lib") for p in home.glob(f"{d}/{CUDART}")]
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     nvcc = ["-O3", "-std=c++20", TARGET, "-DUSE_CUDA", "--threads=2"]
     extension = cpp.CppExtension(
@@ -124,7 +144,7 @@ def cuda_extension(cpp: Any, home: Path) -> Any:
         # The CUDA shims live in libtorch_cuda, which a CPU build of torch lacks: libtorch
         # pulls it in at run time. The static runtime needs no libcudart of the right name.
         extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-lrt", "-ldl", "-lpthread"],
-        library_dirs=[str(home / "lib64")],
+        library_dirs=[str(p.parent) for p in runtimes],
         libraries=["cudart_static"],
     )
     extension.libraries = [x for x in extension.libraries if x not in ("torch_python", "c10")]

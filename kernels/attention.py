@@ -70,7 +70,7 @@ def maps_kernel(
     n, q, exists, split = tile_of(shape, program, ORDER, VECTOR, QB, INDEX)
     at = offsets(shape + 9, n, q, ORDER, VECTOR, RUNS)
     stride_c = tl.multiple_of(tl.load(shape + 8), VECTOR if ORDER == 0 else 1)
-    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR)
+    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR if ORDER == 1 else 1)
     end = tl.minimum(begin + tl.load(shape + 2), tl.load(shape + 3))
     end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
     total = tl.full([QB, CB] if ORDER == 1 else [CB, QB], 0, ACC)
@@ -413,7 +413,7 @@ def spread_kernel(
     to = offsets(shape + 18, n, q, ORDER, VECTOR, RUNS)
     stride_c = tl.multiple_of(tl.load(shape + 8), VECTOR if ORDER == 0 else 1)
     to_stride_c = tl.multiple_of(tl.load(shape + 17), VECTOR if ORDER == 0 else 1)
-    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR)
+    begin = tl.multiple_of(split * tl.load(shape + 2), VECTOR if ORDER == 1 else 1)
     end = tl.minimum(begin + tl.load(shape + 2), tl.load(shape + 3))
     end = tl.multiple_of(end, VECTOR if ORDER == 1 else 1)
     step = begin * 0

@@ -227,14 +227,17 @@ def index_of(count: int) -> tl.dtype:
     return tl.int32 if count < 2**31 - 2**16 else tl.int64
 
 
+_SMALL = 2048  # elements of a tile: 16 a thread
+
+
 class Walk:
     """How tensors of one shape are cut into tiles: an activation, and its gradient if it has one.
 
     It follows from shapes and strides, never from addresses: equal layouts are summed in equal
     order. ``fold``: so many channels, contiguous with their positions, are read as one, because a
     row of 7×7 positions begins at 16 bytes only every 8 channels. ``parts``: sums that a position
-    is left with, since programs share the channels. ``small``: tiles of 16 elements a thread, where
-    an element takes two registers or much code. ``target``: programs wanted at the least;
+    is left with, since programs share the channels. ``small``: small tiles, since an element takes
+    two registers or much code. ``target``: programs wanted at the least;
     ``longest``: tiles of channels that one program takes at the most.
     """
 
@@ -261,7 +264,7 @@ class Walk:
     def _cut(self, small: bool) -> None:
         x, views, p = self.view, self._views, self.view.positions
         size = max(element_size(v.dtype) for v in views)
-        tile = 2048 if small else 16384 // size
+        tile = _SMALL if small else 16384 // size
         unit = all(len(r) == 1 and r[0][1] == 1 for r in (v.runs for v in views))
         self.order, self.fold = ANY, 1
         if x.c > 1 and all(v.stride_c == 1 for v in views) and not (unit and p >= 8):
@@ -294,11 +297,15 @@ class Walk:
     def constants(self, *addresses: int) -> dict[str, Any]:
         """The constants of a kernel that walks so over tensors at these addresses."""
         x, plane = self.view, self.order == PLANE
+        vector = 1 if any(a % 16 for a in addresses) else self._vector
+        channels = self.channels
+        if vector == 1:  # an address for every element: fewer elements, or registers run out
+            channels = min(channels, max(_SMALL // self.positions, 1))
         return {
             "DTYPE": DTYPES[x.dtype],
             "ORDER": self.order,
-            "VECTOR": 1 if any(a % 16 for a in addresses) else self._vector,
-            "CB": self.channels,
+            "VECTOR": vector,
+            "CB": channels,
             "QB": self.positions,
             "RUNS": 1 if plane else max(len(v.all_runs) for v in self._views),
             "INDEX": index_of(x.positions * self.fold if plane else x.n * x.positions),

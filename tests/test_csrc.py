@@ -34,6 +34,7 @@ def test_build_info(library) -> None:
     assert {"compiler", "target", "torch", "cuda", "cuda_reason", "sanitize"} <= set(info)
     assert info["target"] == "torch 2.10 stable ABI"
     assert bool(info["cuda"]) != bool(info["cuda_reason"])  # the version, or why there is none
+    assert not info["cuda_reason"].startswith("nvcc failed")  # where it is found, it has to build
 
 
 def test_cpu_level(library) -> None:

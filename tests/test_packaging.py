@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +128,42 @@ def test_a_wheel_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
     assert report["serving"] == "reference"
     assert report["warnings"] == []
     assert "lwkd._C is not built" in report["compiled"]
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+    *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+    *--dryrun*) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("kind", ["link", "script", "itself", "CUDA_HOME"])
+def test_the_toolkit_behind_an_nvcc(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands on PATH may be a link to the toolkit's nvcc, or a script that runs it."""
+    home, path = tmp_path / "toolkit", tmp_path / "path"
+    for program in (home / "bin/nvcc", path / "nvcc"):
+        program.parent.mkdir(parents=True)
+    (home / "bin/nvcc").write_text(NVCC)
+    (home / "bin/nvcc").chmod(0o755)
+    if kind == "link":
+        (path / "nvcc").symlink_to(home / "bin/nvcc")
+    elif kind == "script":
+        (path / "nvcc").write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+        (path / "nvcc").chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "LWKD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    if kind == "CUDA_HOME":
+        monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("PATH", f"{home / 'bin' if kind == 'itself' else path}:{os.defpath}")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    find_cuda = runpy.run_path(str(ROOT / "setup.py"))["find_cuda"]
+    torch = SimpleNamespace(version=SimpleNamespace(cuda=None), __version__="2.13.0")
+    assert find_cuda(torch) == (home, "13.0")
+    torch.version.cuda = "12.8"
+    assert find_cuda(torch) == (None, "nvcc is 13.0, torch 2.13.0 was built for CUDA 12.8")
 
 
 def test_the_version_is_stated_once(sdist: Path) -> None:
