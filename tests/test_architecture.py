@@ -25,7 +25,7 @@ FLOORS = [
 ]
 # One room in several files: what a room keeps beside it for itself.
 ROOMS = {"autopair": "layers", "groups": "schedule", "saved": "schedule", "__main__": "cli"}
-OUTSIDE = {"__init__", "_version", "_C"}  # public names only; one number; the built library
+OUTSIDE = {"__init__", "_version", "_C", "_C_cuda"}  # public names; one number; what is built
 
 
 def sources(*folders: str) -> list[Path]:

@@ -51,24 +51,11 @@ def discrepancy(
     """Check the arguments of kind="attention" and call the op; see ops.layer_discrepancy."""
     s_shapes, t_shapes = operands.check_pairs(op, student, teacher)
     check_options(op, p, divergence, beta)
-    length = len(student)
-    dims = _channel_dims(op, channel_dim, length)
-    folds = _folds(op, tokens)
-    s_layout: list[int] = []
-    t_layout: list[int] = []
-    s_grid, t_grid = folds[0] is not None, folds[1] is not None
-    for i, (s_shape, t_shape, (s_dim, t_dim)) in enumerate(
-        zip(s_shapes, t_shapes, dims, strict=True)
-    ):
-        s_layout += _layout(op, "student", i, s_shape, s_dim, folds[0])
-        t_layout += _layout(op, "teacher", i, t_shape, t_dim, folds[1])
-        space = 2 if s_grid else len(s_shape) - 2
-        if space != (2 if t_grid else len(t_shape) - 2):
-            expected = f"{space} space dimension(s), as the student's"
-            raise ValueError(
-                message(op, "teacher", expected, f"shape {list(t_shape)}", layer=i)
-                + "; tokens=(student, teacher) folds token sequences to a grid"
-            )
+    s_dims, t_dims = _channel_dims(op, channel_dim, len(student))
+    s_fold, t_fold = _folds(op, tokens)
+    s_layout = _layouts(op, "student", s_shapes, s_dims, s_fold)
+    t_layout = _layouts(op, "teacher", t_shapes, t_dims, t_fold)
+    _check_spaces(op, s_shapes, t_shapes, s_fold, t_fold)
     masks = _masks(op, mask, student, teacher, s_layout, t_layout) if mask is not None else []
     namespace = backends.choose(op, backend, student[0].device)
     distance: Tensor = ATTENTION(
@@ -90,21 +77,22 @@ def check_options(op: str, p: float, divergence: str, beta: float) -> None:
         raise ValueError(message(op, "beta", "a number in (0, 1)", beta))
 
 
-def _channel_dims(op: str, channel_dim: Any, length: int) -> list[Pair]:
-    """One (student, teacher) pair of channel dimensions a layer; None where nothing was said."""
+def _channel_dims(op: str, channel_dim: Any, length: int) -> Pair:
+    """The channel dimensions of (student, teacher), one a layer; None where nothing was said."""
     if channel_dim is None or isinstance(channel_dim, int):
-        return [(channel_dim, channel_dim)] * length
+        return [channel_dim] * length, [channel_dim] * length
     if isinstance(channel_dim, tuple):
         if len(channel_dim) != 2:
             raise ValueError(
                 message(op, "channel_dim", "a (student, teacher) pair", repr(channel_dim))
             )
-        return [channel_dim] * length
+        return [channel_dim[0]] * length, [channel_dim[1]] * length
     if len(channel_dim) != length:
         raise ValueError(
             message(op, "channel_dim", f"a list of {length}, one a layer", len(channel_dim))
         )
-    return [d if isinstance(d, tuple) else (d, d) for d in channel_dim]
+    pairs = [d if isinstance(d, tuple) else (d, d) for d in channel_dim]
+    return [s for s, _ in pairs], [t for _, t in pairs]
 
 
 def _folds(op: str, tokens: Any) -> Pair:
@@ -117,6 +105,38 @@ def _folds(op: str, tokens: Any) -> Pair:
         if fold is not None and (len(fold) != 3 or fold[0] < 1 or fold[1] < 1 or fold[2] < 0):
             raise ValueError(message(op, "tokens", expected, repr(tokens)))
     return tokens[0], tokens[1]
+
+
+def _layouts(
+    op: str, side: str, shapes: Sequence[torch.Size], dims: Sequence[int | None], fold: Any
+) -> list[int]:
+    """The layouts of one side, one behind the other."""
+    alike = fold is None and len({*map(len, shapes)}) == len({*dims}) == 1
+    if alike:  # nearly always, and 64 layers are dear one by one
+        return [*_layout(op, side, 0, shapes[0], dims[0], None)] * len(shapes)
+    out: list[int] = []
+    for i, (shape, dim) in enumerate(zip(shapes, dims, strict=True)):
+        out += _layout(op, side, i, shape, dim, fold)
+    return out
+
+
+def _check_spaces(
+    op: str,
+    s_shapes: Sequence[torch.Size],
+    t_shapes: Sequence[torch.Size],
+    s_fold: Any,
+    t_fold: Any,
+) -> None:
+    """Raise where a pair differs in the number of its space dimensions."""
+    s_spaces = [2 if s_fold else len(shape) - 2 for shape in s_shapes]
+    t_spaces = [2 if t_fold else len(shape) - 2 for shape in t_shapes]
+    for i, (s, t) in enumerate(zip(s_spaces, t_spaces, strict=True)):
+        if s != t:
+            expected, got = f"{s} space dimension(s), as the student's", list(t_shapes[i])
+            raise ValueError(
+                message(op, "teacher", expected, f"shape {got}", layer=i)
+                + "; tokens=(student, teacher) folds token sequences to a grid"
+            )
 
 
 def _layout(
@@ -176,8 +196,8 @@ def maps(op: str, xs: Sequence[Tensor], p: float, channel_dim: Any) -> list[Tens
     """Check the arguments of ops.attention_maps and call the op."""
     shapes = operands.check_list(op, "xs", xs)
     check_options(op, p, "l2", 0.5)
-    pairs = _channel_dims(op, channel_dim, len(xs))
-    dims = [_layout(op, "xs", i, x, pairs[i][0], None)[0] for i, x in enumerate(shapes)]
+    layout = _layouts(op, "xs", shapes, _channel_dims(op, channel_dim, len(xs))[0], None)
+    dims = layout[::4]
     return list(ATTENTION_MAPS("lwkd", xs, dims, float(p)))
 
 

@@ -5,7 +5,7 @@ Serves every device that has no compiled kernel; lwkd.ops.attention states the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,11 @@ def canonical(x: Tensor, layout: Sequence[int]) -> Tensor:
 def space_of(shape: Sequence[int], layout: Sequence[int]) -> list[int]:
     """Return the spatial sizes of an operand of this shape."""
     channel_dim, _, h, w = layout
-    return [h, w] if h else [*shape[1:channel_dim], *shape[channel_dim + 1 :]]
+    if h:
+        return [h, w]
+    space = list(shape)
+    del space[channel_dim], space[0]
+    return space
 
 
 def common_space(
@@ -37,11 +41,20 @@ def common_space(
 ) -> list[list[int]]:
     """Return, per layer, the smaller size of each spatial dimension."""
     spaces = []
-    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        a = space_of(s.shape, s_layout[4 * i : 4 * i + 4])
-        b = space_of(t.shape, t_layout[4 * i : 4 * i + 4])
-        spaces.append(a if a == b else [min(pair) for pair in zip(a, b, strict=True)])
+    for s, t, how, other in zip(
+        student, teacher, _by_four(s_layout), _by_four(t_layout), strict=True
+    ):
+        shape, t_shape = s.shape, t.shape
+        space = space_of(shape, how)
+        if shape != t_shape or how != other:
+            space = [min(pair) for pair in zip(space, space_of(t_shape, other), strict=True)]
+        spaces.append(space)
     return spaces
+
+
+def _by_four(layout: list[int]) -> Iterable[tuple[int, ...]]:
+    fields = iter(layout)
+    return zip(fields, fields, fields, fields, strict=True)
 
 
 def compute_dtype(*lists: Sequence[Tensor]) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,18 +24,25 @@ def check_list(op: str, argument: str, xs: Sequence[Tensor]) -> list[torch.Size]
         raise TypeError(message(op, argument, expected, type(xs).__name__))
     if not xs:
         raise ValueError(message(op, argument, "at least one tensor", "an empty list"))
+    strided, device = torch.strided, getattr(xs[0], "device", None)
     for i, x in enumerate(xs):
-        if not isinstance(x, Tensor):
-            raise TypeError(message(op, argument, "a tensor", type(x).__name__, layer=i))
-        if x.dtype not in DTYPES:
-            expected = "float64, float32, float16 or bfloat16"
-            raise TypeError(message(op, argument, expected, x.dtype, layer=i))
-        if x.layout is not torch.strided:
-            raise TypeError(message(op, argument, "a dense tensor", x.layout, layer=i))
-        if x.device != xs[0].device:
-            expected = f"a tensor on {xs[0].device}, as layer 0"
-            raise ValueError(message(op, argument, expected, x.device, layer=i))
+        good = isinstance(x, Tensor) and x.dtype in DTYPES and x.layout is strided
+        if not (good and x.device == device):
+            _refuse(op, argument, x, i, device)
     return [x.shape for x in xs]
+
+
+def _refuse(op: str, argument: str, x: object, layer: int, device: object) -> NoReturn:
+    """Say what is wrong with one operand."""
+    if not isinstance(x, Tensor):
+        raise TypeError(message(op, argument, "a tensor", type(x).__name__, layer=layer))
+    if x.dtype not in DTYPES:
+        expected = "float64, float32, float16 or bfloat16"
+        raise TypeError(message(op, argument, expected, x.dtype, layer=layer))
+    if x.layout is not torch.strided:
+        raise TypeError(message(op, argument, "a dense tensor", x.layout, layer=layer))
+    expected = f"a tensor on {device}, as layer 0"
+    raise ValueError(message(op, argument, expected, x.device, layer=layer))
 
 
 def check_pairs(
