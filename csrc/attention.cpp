@@ -1,10 +1,11 @@
-// CPU kernels of the attention kind: all layers of a call in two parallel passes, first the maps
-// (every activation read once), then the distances. lwkd/ops/attention.py states the formulas.
+// CPU kernels of the attention kind: all layers of a call at once, every activation read once on
+// the way forward and once on the way back. lwkd/ops/attention.py states the formulas.
 #include <memory>
 #include <vector>
 
 #include "attention_distance.h"
 #include "attention_map.h"
+#include "attention_pool.h"
 #include "schedule.h"
 
 namespace lwkd {
@@ -113,83 +114,6 @@ LWKD_CHOOSER(SpreadKernel, spread)
 LWKD_DISTANCES(float, float)
 LWKD_DISTANCES(double, double)
 
-// --- between the two passes: pooling and masks --------------------------------------------------
-
-bool same_space(const Operand& o, const int64_t* space) {
-  return o.size[0] == space[0] && o.size[1] == space[1] && o.size[2] == space[2];
-}
-
-// Adaptive average pooling of one sample's map.
-template <typename A>
-void pool(const A* raw, const int64_t* in, A* out, const int64_t* space) {
-  for (int64_t i = 0, at = 0; i < space[0]; ++i)
-    for (int64_t j = 0; j < space[1]; ++j)
-      for (int64_t k = 0; k < space[2]; ++k, ++at) {
-        const int64_t i0 = cell_begin(i, in[0], space[0]), i1 = cell_end(i, in[0], space[0]);
-        const int64_t j0 = cell_begin(j, in[1], space[1]), j1 = cell_end(j, in[1], space[1]);
-        const int64_t k0 = cell_begin(k, in[2], space[2]), k1 = cell_end(k, in[2], space[2]);
-        double sum = 0;
-        for (int64_t a = i0; a < i1; ++a)
-          for (int64_t b = j0; b < j1; ++b)
-            for (int64_t c = k0; c < k1; ++c) sum += raw[(a * in[1] + b) * in[2] + c];
-        out[at] = static_cast<A>(sum / double((i1 - i0) * (j1 - j0) * (k1 - k0)));
-      }
-}
-
-// Its transpose: raw position r gets the share of every cell that contains it.
-template <typename A>
-void unpool(const A* cells, const int64_t* space, A* raw, const int64_t* in) {
-  for (int64_t q = 0; q < in[0] * in[1] * in[2]; ++q) raw[q] = 0;
-  for (int64_t i = 0, at = 0; i < space[0]; ++i)
-    for (int64_t j = 0; j < space[1]; ++j)
-      for (int64_t k = 0; k < space[2]; ++k, ++at) {
-        const int64_t i0 = cell_begin(i, in[0], space[0]), i1 = cell_end(i, in[0], space[0]);
-        const int64_t j0 = cell_begin(j, in[1], space[1]), j1 = cell_end(j, in[1], space[1]);
-        const int64_t k0 = cell_begin(k, in[2], space[2]), k1 = cell_end(k, in[2], space[2]);
-        const A share = cells[at] / static_cast<A>((i1 - i0) * (j1 - j0) * (k1 - k0));
-        for (int64_t a = i0; a < i1; ++a)
-          for (int64_t b = j0; b < j1; ++b)
-            for (int64_t c = k0; c < k1; ++c) raw[(a * in[1] + b) * in[2] + c] += share;
-      }
-}
-
-// One layer's mask: bool [N, *space] of any strides, or none.
-struct Mask {
-  const uint8_t* data = nullptr;
-  int64_t stride_n = 0, size[3] = {1, 1, 1}, stride[3] = {0, 0, 0};
-
-  Mask() = default;
-  explicit Mask(const Tensor& mask) {
-    const int64_t dim = mask.dim();
-    if (dim < 2) return;  // a one-dimensional tensor stands for none
-    data = static_cast<const uint8_t*>(mask.const_data_ptr());
-    stride_n = mask.stride(0);
-    for (int64_t d = dim - 1, at = 2; d > 0; --d, --at)
-      size[at] = mask.size(d), stride[at] = mask.stride(d);
-  }
-
-  // One byte a position of sample n into `keep`; how many are left in `kept`.
-  const uint8_t* read(int64_t n, std::vector<uint8_t>& keep, int64_t cells, int64_t& kept) const {
-    kept = cells;
-    if (data == nullptr) return nullptr;
-    keep.resize(cells);
-    kept = 0;
-    for (int64_t i = 0, at = 0; i < size[0]; ++i)
-      for (int64_t j = 0; j < size[1]; ++j)
-        for (int64_t k = 0; k < size[2]; ++k, ++at) {
-          keep[at] = data[n * stride_n + i * stride[0] + j * stride[1] + k * stride[2]];
-          kept += keep[at];
-        }
-    return keep.data();
-  }
-};
-
-std::vector<Mask> read_masks(const std::vector<Tensor>& mask, size_t layers) {
-  std::vector<Mask> out;
-  for (size_t l = 0; l < layers; ++l) out.push_back(mask.empty() ? Mask() : Mask(mask[l]));
-  return out;
-}
-
 // --- forward ------------------------------------------------------------------------------------
 
 // Where one operand's raw map goes: straight into the result, or aside to be pooled.
@@ -199,6 +123,10 @@ struct MapJob {
   MapKernel kernel;
   A* raw;     // [N, positions]
   A* pooled;  // [N, cells]; the same as raw where nothing is pooled
+
+  void run(int64_t n, int64_t begin, int64_t end, double p) const {
+    kernel(operand, n, begin, end, raw + n * operand.positions(), p);
+  }
 };
 
 template <typename A>
@@ -206,79 +134,123 @@ void run_maps(const std::vector<MapJob<A>>& jobs, double p) {
   std::vector<Block> blocks;
   for (const auto& job : jobs)
     blocks.push_back(make_block(job.operand.n, job.operand.c, job.operand.positions()));
-  const int64_t total = lay_out(blocks);
-  torch::stable::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    run_tasks(blocks, begin, end, [&](int64_t job, int64_t n, int64_t from, int64_t to) {
-      const MapJob<A>& j = jobs[job];
-      j.kernel(j.operand, n, from, to, j.raw + n * j.operand.positions(), p);
-    });
+  parallel_tasks(blocks, [&](int64_t job, int64_t n, int64_t begin, int64_t end) {
+    jobs[job].run(n, begin, end, p);
+  });
+}
+
+struct Options {
+  double p;
+  bool js;
+  double beta;
+  bool mean;
+};
+
+// One layer's maps and distances.
+template <typename A>
+struct PairJob {
+  MapJob<A> side[2];
+  const int64_t* space;
+  int64_t cells;
+  const Mask* mask;
+  double* distances;  // [N]
+
+  // A sample's maps are small enough for one task to make both and compare them in cache.
+  bool whole() const {
+    return std::max(side[0].operand.positions(), side[1].operand.positions()) <= kTile;
+  }
+
+  void compare(int64_t n, const Options& o, std::vector<uint8_t>& buffer) const {
+    int64_t kept = 0;
+    const uint8_t* keep = mask->read(n, buffer, cells, kept);
+    A* m[2];
+    for (int s = 0; s < 2; ++s) {
+      const MapJob<A>& job = side[s];
+      m[s] = job.pooled + n * cells;
+      if (job.raw != job.pooled)
+        pool(job.raw + n * job.operand.positions(), job.operand.size, m[s], space);
+      for (int64_t q = 0; keep != nullptr && q < cells; ++q)
+        if (keep[q] == 0) m[s][q] = 0;
+    }
+    distances[n] = distance(m[0], m[1], cells, keep, kept, o.js, o.beta);
+  }
+};
+
+// Small layers take one pass, in which a task does all of a sample. Large ones take two: maps,
+// tile by tile, then distances.
+template <typename A>
+void run_pairs(const std::vector<PairJob<A>>& jobs, const Options& o) {
+  struct Part {
+    const PairJob<A>* job;
+    int side;  // 2: all of a sample
+  };
+  std::vector<Part> parts;
+  std::vector<Block> blocks, compared;
+  std::vector<const PairJob<A>*> split;
+  for (const PairJob<A>& job : jobs) {
+    const Operand &s = job.side[0].operand, &t = job.side[1].operand;
+    const int64_t distance_cost = (o.js ? 64 : 8) * job.cells;
+    if (job.whole()) {
+      parts.push_back({&job, 2});
+      blocks.push_back(whole_samples(
+          s.n, (s.c + 1) * s.positions() + (t.c + 1) * t.positions() + distance_cost));
+      continue;
+    }
+    for (int side = 0; side < 2; ++side) {
+      const Operand& x = job.side[side].operand;
+      parts.push_back({&job, side});
+      blocks.push_back(make_block(x.n, x.c, x.positions()));
+    }
+    split.push_back(&job);
+    compared.push_back(whole_samples(s.n, distance_cost));
+  }
+  parallel_tasks(blocks, [&](int64_t i, int64_t n, int64_t begin, int64_t end) {
+    const PairJob<A>& job = *parts[i].job;
+    if (parts[i].side < 2) return job.side[parts[i].side].run(n, begin, end, o.p);
+    thread_local std::vector<uint8_t> buffer;
+    for (const MapJob<A>& side : job.side) side.run(n, 0, side.operand.positions(), o.p);
+    job.compare(n, o, buffer);
+  });
+  parallel_tasks(compared, [&](int64_t i, int64_t n, int64_t, int64_t) {
+    thread_local std::vector<uint8_t> buffer;
+    split[i]->compare(n, o, buffer);
   });
 }
 
 template <typename A>
 void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A* maps,
-             A* distances, double p, bool js, double beta, bool mean) {
+             A* distances, const Options& o) {
   const int64_t samples = layers[0].side[0].n;
-  const bool wide = sizeof(A) == 8;
   int64_t aside = 0;
   for (const Layer& layer : layers)
-    for (const Operand& o : layer.side)
-      if (!same_space(o, layer.space)) aside += samples * o.positions();
-  std::unique_ptr<A[]> scratch(new A[aside]);
-  std::vector<MapJob<A>> jobs;
-  std::vector<Block> blocks;
+    for (const Operand& x : layer.side)
+      if (!same_space(x, layer.space)) aside += samples * x.positions();
+  const std::unique_ptr<A[]> scratch(new A[aside]);
+  const std::unique_ptr<double[]> each(new double[layers.size() * samples]);
+  std::vector<PairJob<A>> jobs;
+  jobs.reserve(layers.size());
   A* at = scratch.get();
-  for (const Layer& layer : layers) {
-    for (int side = 0; side < 2; ++side) {
-      const Operand& o = layer.side[side];
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const Layer& layer = layers[l];
+    const auto map_job = [&](int side) {
+      const Operand& x = layer.side[side];
       A* pooled = maps + layer.maps_offset + side * samples * layer.cells;
       A* raw = pooled;
-      if (!same_space(o, layer.space)) raw = at, at += samples * o.positions();
-      jobs.push_back({Source(o), choose_map(o.dtype, wide, p), raw, pooled});
-    }
-    blocks.push_back(make_block(samples, js ? 64 : 8, layer.cells));
-    blocks.back().tiles = 1;  // a sample's distance is one task, however large its map
+      if (!same_space(x, layer.space)) raw = at, at += samples * x.positions();
+      return MapJob<A>{Source(x), choose_map(x.dtype, sizeof(A) == 8, o.p), raw, pooled};
+    };
+    jobs.push_back({{map_job(0), map_job(1)}, layer.space, layer.cells, &masks[l],
+                    each.get() + l * samples});
   }
-  run_maps(jobs, p);
-
-  std::vector<double> each(layers.size() * samples);
-  torch::stable::parallel_for(0, lay_out(blocks), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> keep_buffer;
-    run_tasks(blocks, begin, end, [&](int64_t l, int64_t n, int64_t, int64_t) {
-      const Layer& layer = layers[l];
-      int64_t kept = 0;
-      const uint8_t* keep = masks[l].read(n, keep_buffer, layer.cells, kept);
-      A* m[2];
-      for (int side = 0; side < 2; ++side) {
-        const MapJob<A>& job = jobs[2 * l + side];
-        m[side] = job.pooled + n * layer.cells;
-        if (job.raw != job.pooled)
-          pool(job.raw + n * job.operand.positions(), job.operand.size, m[side], layer.space);
-        for (int64_t q = 0; keep != nullptr && q < layer.cells; ++q)
-          if (keep[q] == 0) m[side][q] = 0;
-      }
-      each[l * samples + n] = distance(m[0], m[1], layer.cells, keep, kept, js, beta);
-    });
-  });
+  run_pairs(jobs, o);
   for (size_t l = 0; l < layers.size(); ++l) {
     double sum = 0;
     for (int64_t n = 0; n < samples; ++n) {
       sum += each[l * samples + n];
-      if (!mean) distances[l * samples + n] = static_cast<A>(each[l * samples + n]);
+      if (!o.mean) distances[l * samples + n] = static_cast<A>(each[l * samples + n]);
     }
-    if (mean) distances[l] = static_cast<A>(sum / double(std::max<int64_t>(samples, 1)));
+    if (o.mean) distances[l] = static_cast<A>(sum / double(std::max<int64_t>(samples, 1)));
   }
-}
-
-// `like` gives the device; every output of this file is made here.
-Tensor make(const Tensor& like, std::vector<int64_t> size, bool wide) {
-  return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
-}
-
-bool any_double(const std::vector<Tensor>& xs) {
-  for (const Tensor& x : xs)
-    if (x.scalar_type() == ScalarType::Double) return true;
-  return false;
 }
 
 std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Tensor> teacher,
@@ -288,6 +260,7 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
   const auto layers = read_layers(student, teacher, student_layout, teacher_layout);
   const int64_t samples = layers[0].side[0].n, count = layers.size();
   const bool wide = any_double(student) || any_double(teacher);
+  const Options options{p, divergence == 1, beta, mean};
   int64_t cells = 0;
   for (const Layer& layer : layers) cells += layer.cells;
   Tensor maps = make(student[0], {2 * samples * cells}, wide);
@@ -297,10 +270,10 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
   const auto masks = read_masks(mask, layers.size());
   if (wide)
     forward(layers, masks, static_cast<double*>(maps.mutable_data_ptr()),
-            static_cast<double*>(distances.mutable_data_ptr()), p, divergence == 1, beta, mean);
+            static_cast<double*>(distances.mutable_data_ptr()), options);
   else
     forward(layers, masks, static_cast<float*>(maps.mutable_data_ptr()),
-            static_cast<float*>(distances.mutable_data_ptr()), p, divergence == 1, beta, mean);
+            static_cast<float*>(distances.mutable_data_ptr()), options);
   return {distances, maps};
 }
 
@@ -334,15 +307,6 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
 
 // --- backward -----------------------------------------------------------------------------------
 
-// One activation whose gradient is wanted.
-struct GradientJob {
-  Source x, dx;
-  int64_t layer, side;
-  int64_t maps_offset, cells;  // of its layer
-  const int64_t* space;
-  SpreadKernel kernel;
-};
-
 // Reads grad, [L] (of the mean) or [L, N], of any strides.
 template <typename A>
 double grad_at(const Tensor& grad, int64_t layer, int64_t n, int64_t samples) {
@@ -365,48 +329,70 @@ void clear_uncounted(const Operand& dx, const A* coefficient, int64_t n, int64_t
   }
 }
 
+// One activation whose gradient is wanted.
 template <typename A>
-void backward(const Tensor& grad, const std::vector<GradientJob>& jobs,
-              const std::vector<Mask>& masks, const A* maps, double p, bool js, double beta) {
-  std::vector<Block> samples, tiles;
-  std::vector<A*> coefficients;
-  int64_t total = 0;
-  for (const GradientJob& job : jobs) total += job.x.n * job.x.positions();
-  std::unique_ptr<A[]> buffer(new A[total]);
-  A* at = buffer.get();
-  for (const GradientJob& job : jobs) {
-    samples.push_back(make_block(job.x.n, js ? 64 : 8, job.x.positions()));
-    samples.back().tiles = 1;
-    tiles.push_back(make_block(job.x.n, 2 * job.x.c, job.x.positions()));
-    coefficients.push_back(at);
-    at += job.x.n * job.x.positions();
+struct GradientJob {
+  Source x, dx;
+  SpreadKernel kernel;
+  const A *own, *other;  // [N, cells], the map of this side and of the other
+  int64_t layer, cells;
+  const int64_t* space;
+  double weight;  // of this side in "js"
+  const Mask* mask;
+  A* coefficient;  // [N, positions] where a sample is cut into tiles, else null
+
+  bool whole() const { return x.positions() <= kTile; }
+
+  // c[q] of dx = c[q] · |x|^(p−1) sign(x), for the positions of sample n.
+  void weigh(const Tensor& grad, int64_t n, const Options& o, A* out) const {
+    thread_local std::vector<uint8_t> keep_buffer;
+    thread_local std::vector<A> pooled;
+    int64_t kept = 0;
+    const uint8_t* keep = mask->read(n, keep_buffer, cells, kept);
+    const bool same = same_space(x, space);
+    if (!same) pooled.resize(cells);
+    A* at = same ? out : pooled.data();
+    map_gradient(at, own + n * cells, other + n * cells, cells, keep, kept, o.js, weight,
+                 o.p * grad_at<A>(grad, layer, n, x.n));
+    if (!same) unpool(at, space, out, x.size);
   }
-  torch::stable::parallel_for(0, lay_out(samples), kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> keep_buffer;
-    std::vector<A> cells;
-    run_tasks(samples, begin, end, [&](int64_t i, int64_t n, int64_t, int64_t) {
-      const GradientJob& job = jobs[i];
-      int64_t kept = 0;
-      const uint8_t* keep = masks[job.layer].read(n, keep_buffer, job.cells, kept);
-      const A* own = maps + job.maps_offset + (job.side * job.x.n + n) * job.cells;
-      const A* other = maps + job.maps_offset + ((1 - job.side) * job.x.n + n) * job.cells;
-      A* raw = coefficients[i] + n * job.x.positions();
-      const bool pooled = !same_space(job.x, job.space);
-      if (pooled) cells.resize(job.cells);
-      A* out = pooled ? cells.data() : raw;
-      const double factor = p * grad_at<A>(grad, job.layer, n, job.x.n);
-      map_gradient(out, own, other, job.cells, keep, kept, js, job.side == 0 ? beta : 1 - beta,
-                   factor);
-      if (pooled) unpool(out, job.space, raw, job.x.size);
-    });
+
+  void spread(int64_t n, int64_t begin, int64_t end, const A* c, double p) const {
+    kernel(x, dx, n, begin, end, c, p);
+    if (mask->data != nullptr) clear_uncounted(dx, c, n, begin, end);
+  }
+};
+
+template <typename A>
+void backward(const Tensor& grad, std::vector<GradientJob<A>>& jobs, const Options& o) {
+  int64_t aside = 0;
+  for (const auto& job : jobs) aside += job.whole() ? 0 : job.x.n * job.x.positions();
+  const std::unique_ptr<A[]> scratch(new A[aside]);
+  std::vector<Block> tiles, weighed;
+  std::vector<const GradientJob<A>*> split;
+  A* at = scratch.get();
+  for (auto& job : jobs) {
+    const int64_t cost = (o.js ? 64 : 8) * job.x.positions();
+    if (job.whole()) {
+      tiles.push_back(whole_samples(job.x.n, 2 * job.x.c * job.x.positions() + cost));
+      continue;
+    }
+    job.coefficient = at, at += job.x.n * job.x.positions();
+    tiles.push_back(make_block(job.x.n, 2 * job.x.c, job.x.positions()));
+    weighed.push_back(whole_samples(job.x.n, cost));
+    split.push_back(&job);
+  }
+  parallel_tasks(weighed, [&](int64_t i, int64_t n, int64_t, int64_t) {
+    const GradientJob<A>& job = *split[i];
+    job.weigh(grad, n, o, job.coefficient + n * job.x.positions());
   });
-  torch::stable::parallel_for(0, lay_out(tiles), kGrain, [&](int64_t begin, int64_t end) {
-    run_tasks(tiles, begin, end, [&](int64_t i, int64_t n, int64_t from, int64_t to) {
-      const GradientJob& job = jobs[i];
-      const A* coefficient = coefficients[i] + n * job.x.positions();
-      job.kernel(job.x, job.dx, n, from, to, coefficient, p);
-      if (masks[job.layer].data != nullptr) clear_uncounted(job.dx, coefficient, n, from, to);
-    });
+  parallel_tasks(tiles, [&](int64_t i, int64_t n, int64_t begin, int64_t end) {
+    const GradientJob<A>& job = jobs[i];
+    if (!job.whole())
+      return job.spread(n, begin, end, job.coefficient + n * job.x.positions(), o.p);
+    alignas(64) A coefficient[kTile];
+    job.weigh(grad, n, o, coefficient);
+    job.spread(n, 0, job.x.positions(), coefficient, o.p);
   });
 }
 
@@ -430,30 +416,35 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
   const bool wide = maps.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(grad.scalar_type() == maps.scalar_type(),
                   "lwkd: attention_backward: grad must have the dtype of maps");
-  std::vector<int64_t> cells(count), offsets(count);
-  for (int64_t l = 0, offset = 0; l < count; ++l) {
-    cells[l] = space[3 * l] * space[3 * l + 1] * space[3 * l + 2];
-    offsets[l] = offset;
-    offset += 2 * samples * cells[l];
-  }
-  std::vector<Tensor> out;
-  std::vector<GradientJob> jobs;
-  for (size_t i = 0; i < xs.size(); ++i) {
-    out.push_back(torch::stable::empty_like(xs[i]));
-    const int64_t l = layers[i];
-    const Source x(read_operand(xs[i], &layout[4 * i], "xs", i));
-    const Source dx(read_operand(out[i], &layout[4 * i], "gradient", i));
-    jobs.push_back(
-        {x, dx, l, sides[i], offsets[l], cells[l], &space[3 * l], choose_spread(x.dtype, wide, p)});
-    clear_prefix(dx, element_size(dx.dtype));
-  }
   const auto masks = read_masks(mask, count);
+  const Options options{p, divergence == 1, beta, grad.dim() == 1};
+  std::vector<Tensor> out;
+  for (const Tensor& x : xs) out.push_back(fresh_like(x));
+  const auto run = [&](auto* maps_at) {
+    using A = std::remove_const_t<std::remove_pointer_t<decltype(maps_at)>>;
+    std::vector<const A*> first(count);  // of each layer's maps
+    std::vector<int64_t> cells(count);
+    for (int64_t l = 0; l < count; ++l) {
+      cells[l] = space[3 * l] * space[3 * l + 1] * space[3 * l + 2];
+      first[l] = maps_at, maps_at += 2 * samples * cells[l];
+    }
+    std::vector<GradientJob<A>> jobs;
+    jobs.reserve(xs.size());
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const int64_t l = layers[i], side = sides[i], map = samples * cells[l];
+      const Source x(read_operand(xs[i], &layout[4 * i], "xs", i));
+      const Source dx(read_operand(out[i], &layout[4 * i], "gradient", i));
+      jobs.push_back({x, dx, choose_spread(x.dtype, wide, p), first[l] + side * map,
+                      first[l] + (1 - side) * map, l, cells[l], &space[3 * l],
+                      side == 0 ? beta : 1 - beta, &masks[l], nullptr});
+      clear_prefix(dx, element_size(dx.dtype));
+    }
+    backward(grad, jobs, options);
+  };
   if (wide)
-    backward(grad, jobs, masks, static_cast<const double*>(maps.const_data_ptr()), p,
-             divergence == 1, beta);
+    run(static_cast<const double*>(maps.const_data_ptr()));
   else
-    backward(grad, jobs, masks, static_cast<const float*>(maps.const_data_ptr()), p,
-             divergence == 1, beta);
+    run(static_cast<const float*>(maps.const_data_ptr()));
   return out;
 }
 

@@ -1,6 +1,7 @@
 // The only file that knows the ABI: torch's stable headers, the tensor alias, the dtype switch.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,5 +30,32 @@ constexpr bool takes_float(Return (*)(Args...)) {
     static_assert(!::lwkd::takes_float(function), "use double, TORCH_BOX drops floats"); \
     return TORCH_BOX(function);                                                          \
   }())
+
+// Whether the elements fill their memory without gaps and without overlap, in any order.
+inline bool is_dense(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t left = x.numel(); left > 1;) {
+    int64_t at = 0;
+    while (at < x.dim() && (x.size(at) == 1 || x.stride(at) != expected)) ++at;
+    if (at == x.dim()) return false;
+    expected *= x.size(at);
+    left /= x.size(at);
+  }
+  return x.numel() > 0;
+}
+
+// A fresh tensor, laid out as torch.empty_like does it. By name, through the dispatcher, it would
+// cost more than a small layer.
+inline Tensor fresh_like(const Tensor& x) {
+  if (!is_dense(x)) return torch::stable::empty_like(x);
+  int32_t dtype = 0, type = 0, index = 0;
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
+                                                  dtype, type, index, &out));
+  return Tensor(out);
+}
 
 }  // namespace lwkd

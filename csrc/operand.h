@@ -12,6 +12,17 @@ inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
+inline bool any_double(const std::vector<Tensor>& xs) {
+  for (const Tensor& x : xs)
+    if (x.scalar_type() == ScalarType::Double) return true;
+  return false;
+}
+
+// What a call computes in: `like` gives the device.
+inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, bool wide) {
+  return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
+}
+
 struct Operand {
   void* data;
   ScalarType dtype;

@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common.h"
+
 namespace lwkd {
 
 constexpr int64_t kTile = 4096;    // positions of one task: 16 KiB of float32 map, half of L1
@@ -28,6 +30,11 @@ inline Block make_block(int64_t samples, int64_t channels, int64_t positions) {
   b.tiles = (positions + kTile - 1) / kTile;
   b.cost = std::max<int64_t>(1, (channels + 1) * std::min(positions, kTile));
   return b;
+}
+
+// A sample is one task, whatever its size.
+inline Block whole_samples(int64_t samples, int64_t cost) {
+  return {samples, kTile, 1, std::max<int64_t>(1, cost), 0};
 }
 
 // Sets every `first` and returns the cost of all.
@@ -56,6 +63,14 @@ void run_tasks(const std::vector<Block>& blocks, int64_t begin, int64_t end, con
       run(static_cast<int64_t>(i), task / b.tiles, first, std::min(first + kTile, b.positions));
     }
   }
+}
+
+// Runs every task, on as many threads as torch has.
+template <typename Run>
+void parallel_tasks(std::vector<Block>& blocks, const Run& run) {
+  torch::stable::parallel_for(0, lay_out(blocks), kGrain, [&](int64_t begin, int64_t end) {
+    run_tasks(blocks, begin, end, run);
+  });
 }
 
 inline std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> plan(

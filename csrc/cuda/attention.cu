@@ -45,16 +45,6 @@ Mask mask_of(const std::vector<Tensor>& mask, size_t layer) {
   return m;
 }
 
-bool any_double(const std::vector<Tensor>& xs) {
-  for (const Tensor& x : xs)
-    if (x.scalar_type() == ScalarType::Double) return true;
-  return false;
-}
-
-Tensor make(const Tensor& like, const std::vector<int64_t>& size, bool wide) {
-  return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
-}
-
 // Calls run(float{}) or run(double{}).
 template <typename Run>
 void with_compute(bool wide, const Run& run) {
@@ -132,7 +122,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
   std::vector<GradientViews> jobs(xs.size());
   for (size_t i = 0; i < xs.size(); ++i) {
     const int64_t l = layers[i], side = sides[i];
-    out.push_back(torch::stable::empty_like(xs[i]));
+    out.push_back(fresh_like(xs[i]));
     const Operand dx = read_operand(out[i], &layout[4 * i], "gradient", i);
     GradientViews& job = jobs[i];
     job.x = view_of(read_operand(xs[i], &layout[4 * i], "xs", i));
