@@ -24,7 +24,10 @@ from torch import Tensor
 from lwkd.ops.checks import message
 
 BACKENDS = ("reference", "compiled", "triton")
-_BUILD = "reinstall with a C++ compiler: pip install --no-build-isolation --force-reinstall lwkd"
+_BUILD = (
+    "reinstall with a C++ compiler, from the source tree: "
+    "pip install --no-build-isolation --no-deps --force-reinstall ."
+)
 
 
 class Library(NamedTuple):
@@ -71,10 +74,14 @@ def _load_cuda() -> Library:
     path = Path(__file__).resolve().parents[1] / "_C_cuda.so"
     if torch.version.cuda is None:
         return Library(False, f"torch {torch.__version__} has no CUDA")
+    if not CPU.live:  # whose stamp says what the CUDA library was built with
+        return Library(False, f"lwkd._C_cuda is not used without lwkd._C: {CPU.reason}")
+    built, why = build_info().get("cuda", ""), build_info().get("cuda_reason", "")
     if not path.exists():
-        why = build_info().get("cuda_reason") or "it was not built"
-        return Library(False, f"lwkd._C_cuda is missing: {why}")
-    reason = _cuda_mismatch(build_info().get("cuda", ""), torch.version.cuda)
+        return Library(False, f"lwkd._C_cuda is missing: {why or 'it was not built'}")
+    if not built:
+        return Library(False, f"{path.name} is of another build than lwkd._C, which says: {why}")
+    reason = _cuda_mismatch(built, torch.version.cuda)
     if not reason:
         try:
             torch.ops.load_library(str(path))

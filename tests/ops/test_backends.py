@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -70,6 +70,51 @@ def test_a_cuda_of_another_major_is_named(built: str, running: str, named: bool)
     assert f"lwkd._C_cuda was built with CUDA {built}" in text
     assert f"torch {torch.__version__} runs CUDA {running}" in text
     assert "rebuild" in text
+
+
+class Loading(NamedTuple):
+    """What `_load_cuda` finds, and what it may make of it."""
+
+    cpu: backends.Library
+    info: dict[str, str]
+    library: bool
+    live: bool
+    reason: str
+
+
+LIVE, ABSENT = backends.Library(True, ""), backends.Library(False, "lwkd._C is not built")
+LOADINGS = {
+    "as built": Loading(LIVE, {"cuda": "13.0", "cuda_reason": ""}, True, True, ""),
+    "left out": Loading(
+        LIVE, {"cuda": "", "cuda_reason": "LWKD_CUDA=0"}, False, False,
+        "lwkd._C_cuda is missing: LWKD_CUDA=0",
+    ),
+    "left over from another build": Loading(
+        LIVE, {"cuda": "", "cuda_reason": "LWKD_CUDA=0"}, True, False,
+        "_C_cuda.so is of another build than lwkd._C, which says: LWKD_CUDA=0",
+    ),
+    "alone": Loading(
+        ABSENT, {}, True, False, "lwkd._C_cuda is not used without lwkd._C: lwkd._C is not built"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADINGS.values(), ids=LOADINGS)
+def test_a_cuda_library_that_nobody_vouches_for_is_not_loaded(
+    case: Loading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 27: an old one left in place would answer with old kernels."""
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(backends, "CPU", case.cpu)
+    monkeypatch.setattr(backends, "build_info", lambda: case.info)
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops/backends.py"))
+    library = tmp_path / "_C_cuda.so"
+    if case.library:
+        library.touch()
+    assert backends._load_cuda() == backends.Library(case.live, case.reason)
+    assert loaded == ([str(library)] if case.live else [])
 
 
 # --- other machines: a copy of the package in a process of its own --------------------------------
@@ -144,7 +189,10 @@ def test_without_a_compiled_library(tmp_path: Path) -> None:
     assert report["equal"]
     prefix = "RuntimeError: lwkd.ops.layer_discrepancy: backend: expected "
     assert report["compiled"].startswith(prefix + "'compiled' on cpu, got lwkd._C is not built")
-    assert "pip install --no-build-isolation --force-reinstall lwkd" in report["compiled"]
+    # From the source tree, for lwkd is on no index; without --no-deps torch itself would go.
+    assert report["compiled"].endswith(
+        "from the source tree: pip install --no-build-isolation --no-deps --force-reinstall ."
+    )
     assert report["triton"].startswith(prefix + "'triton' on cpu, got triton is not installed")
     assert "pip install triton" in report["triton"]
 
