@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lwkd.ops.checks import message
 
@@ -51,11 +52,13 @@ class Capture(Generic[T]):
         op: The public name of the caller, for errors.
         modules: (name, module) for every module to watch.
         transform: What to keep of an output.
-        lenient: Pass over outputs that hold no tensor instead of raising.
+        argument: Whose modules they are, as the caller calls it, for errors.
+        current: Returns the modules that have those names now, to tell when one was replaced.
+        lenient: Pass over outputs that hold no dense tensor instead of raising.
 
     Raises:
-        TypeError: From the module's forward, if its output is neither a tensor nor a tuple or list
-            that starts with one.
+        TypeError: From the module's forward, if its output is neither a dense tensor nor a tuple
+            or list that starts with one.
         RuntimeError: On entering twice, or from the forward of a network that is being compiled.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
@@ -66,11 +69,19 @@ class Capture(Generic[T]):
     """
 
     def __init__(
-        self, op: str, modules: Named, transform: Callable[[int, Tensor], T], lenient: bool = False
+        self,
+        op: str,
+        modules: Named,
+        transform: Callable[[int, Tensor], T],
+        *,
+        argument: str = "pairs",
+        current: Callable[[], Mapping[str, nn.Module]] | None = None,
+        lenient: bool = False,
     ) -> None:
-        self._op = op
+        self._op, self._argument = op, argument
         self._modules = list(modules)
         self._transform = transform
+        self._current = current
         self._lenient = lenient
         self._records: list[list[T]] | None = None
         self._hooks: ExitStack | None = None
@@ -101,11 +112,18 @@ class Capture(Generic[T]):
         if torch._C._current_graph_task_id() != -1 or self._hooks is None or self._records is None:
             return
         x = first_tensor(output)
-        if x is not None:
+        if x is not None and not x.is_nested:
             self._records[i].append(self._transform(i, x))
         elif not self._lenient:
-            expected = "a module that returns a tensor, or a tuple or list that starts with one"
-            raise TypeError(message(self._op, "pairs", expected, type(output), layer=name))
+            expected, got = TENSOR, str(type(output))
+            if x is not None:
+                expected, got = NESTED
+            raise TypeError(message(self._op, self._argument, expected, got, layer=name))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the modules, in order."""
+        return [name for name, _ in self._modules]
 
     def calls(self, i: int) -> list[T]:
         """Return what was kept of module i, one item per call.
@@ -119,31 +137,62 @@ class Capture(Generic[T]):
             raise RuntimeError(message(self._op, "with-block", expected, "none"))
         if self._records[i]:
             return self._records[i]
+        expected, name = "the layer to run in the with-block", self._modules[i][0]
+        raise RuntimeError(
+            message(self._op, self._argument, expected, self._why_not(i), layer=name)
+        )
+
+    def _why_not(self, i: int) -> str:
+        """Guess why a module made no call."""
         name, module = self._modules[i]
+        if self._current is not None and self._current().get(name) is not module:
+            return "no call: the module was replaced since pair_layers; pair the layers again"
         children = [f"{name}.{child}" for child, _ in module.named_children()]
         got = "no call; layers of a compiled or scripted network cannot be seen"
         if children:
             got += f"; nor a container whose children are called one by one: pair {children[-1]!r}"
-        raise RuntimeError(
-            message(self._op, "pairs", "the layer to run in the with-block", got, layer=name)
-        )
+        return got
 
 
-class _Kept(NamedTuple):
+TENSOR = "a module that returns a tensor, or a tuple or list that starts with one"
+NESTED = (
+    "a module that returns a dense tensor",
+    "a nested one, as nn.TransformerEncoder makes of a padding mask in eval mode; build it with "
+    "enable_nested_tensor=False",
+)
+
+
+class Kept(NamedTuple):
+    """An activation, its version when it was produced, and whether gradients were on."""
+
     x: Tensor
     version: int
     graph: bool
 
 
-class Features:
-    """The activations of paired layers, graph kept, for losses (see ``LayerPairs.capture``)."""
+def keep(copies: Sequence[bool], i: int, x: Tensor) -> Kept:
+    """Keep an activation, as a copy where it is known to be changed in place later."""
+    graph = torch.is_grad_enabled()
+    if x.is_inference():  # has no version and no autograd: a normal copy has both
+        with torch.inference_mode(False):
+            x = x.clone()
+    elif copies[i]:
+        x = x.clone()
+    return Kept(x, x._version, graph)
 
-    def __init__(self, student: Named, teacher: Named) -> None:
-        self._names = {"student": [n for n, _ in student], "teacher": [n for n, _ in teacher]}
-        self._captures = {
-            "student": Capture("LayerPairs.capture", student, _keep),
-            "teacher": Capture("LayerPairs.capture", teacher, _keep),
-        }
+
+class Features:
+    """The activations of paired layers, graph kept, for losses (see ``LayerPairs.capture``).
+
+    Args:
+        student: Keeps the student's, by :func:`keep`.
+        teacher: Keeps the teacher's.
+        examined: Whether it was looked, in eval mode, which activations are changed in place later.
+    """
+
+    def __init__(self, student: Capture[Kept], teacher: Capture[Kept], examined: bool) -> None:
+        self._captures = {"student": student, "teacher": teacher}
+        self._examined = examined
         self._hooks: ExitStack | None = None
         self._graph = False
 
@@ -171,7 +220,7 @@ class Features:
         return self._read("teacher")
 
     def _read(self, side: str) -> list[Tensor]:
-        return [self._one(side, i, name) for i, name in enumerate(self._names[side])]
+        return [self._one(side, i, name) for i, name in enumerate(self._captures[side].names)]
 
     def _one(self, side: str, i: int, name: str) -> Tensor:
         calls = self._captures[side].calls(i)
@@ -181,7 +230,11 @@ class Features:
             got = f"{len(calls)}; use one block per forward, and pair a module that runs once in it"
         elif calls[0].x._version != calls[0].version:
             expected = "an activation that is left as it was"
-            got = "one changed in place later (by nn.ReLU(inplace=True) or +=); pair that module"
+            got = "one changed in place later (by nn.ReLU(inplace=True) or +=); "
+            if self._examined:  # in eval mode, where an in-place dropout does nothing
+                got += "it was not in eval mode on example_inputs: use inplace=False"
+            else:
+                got += "pass example_inputs to pair_layers, which has a copy kept, or inplace=False"
         elif side == "student" and self._graph and not calls[0].graph:
             expected = "a layer that runs with gradients, as the with-block does"
             got = (
@@ -191,14 +244,6 @@ class Features:
         if expected:
             raise RuntimeError(message("LayerPairs.capture", side, expected, got, layer=name))
         return calls[0].x
-
-
-def _keep(_: int, x: Tensor) -> _Kept:
-    graph = torch.is_grad_enabled()
-    if x.is_inference():  # has no version and no autograd: a normal copy has both
-        with torch.inference_mode(False):
-            x = x.clone()
-    return _Kept(x, x._version, graph)
 
 
 # --- compiled networks -------------------------------------------------------------------------
@@ -242,18 +287,19 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
     (True, 0)
     """
     modules = {m: m.training for network in networks for m in network.modules()}
-    buffers = [
-        (m, name, b, None if b.is_inference() else b._version, b.clone())
-        for m in modules
-        for name, b in m._buffers.items()
-        if b is not None
+    buffers = [(m, dict(m._buffers.items()), set(m._non_persistent_buffers_set)) for m in modules]
+    values = [
+        (b, None if b.is_inference() else b._version, b.clone())
+        for _, named, _ in buffers
+        for b in named.values()
+        if b is not None and not is_lazy(b)
     ]
     with ExitStack() as stack:
         _fork_generators(stack, networks)
         if any(compiled_module(network) is not None for network in networks):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
-        stack.callback(_restore, modules, buffers)
+        stack.callback(_restore, modules, buffers, values)
         for module in modules:
             module.training = False
         yield
@@ -261,15 +307,23 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
 
 def _restore(
     modules: Mapping[nn.Module, bool],
-    buffers: Sequence[tuple[nn.Module, str, Tensor, int | None, Tensor]],
+    buffers: Sequence[tuple[nn.Module, dict[str, Tensor | None], set[str]]],
+    values: Sequence[tuple[Tensor, int | None, Tensor]],
 ) -> None:
     for module, training in modules.items():
         module.training = training
-    for module, name, buffer, version, value in buffers:
-        if version is None or buffer._version != version:
+    for buffer, version, value in values:
+        # What is unchanged is left alone, for a graph may hold it; F.batch_norm counts no version.
+        same = version is not None and buffer._version == version
+        if not same or not (buffer.is_meta or torch.equal(buffer, value)):
             with torch.inference_mode(version is None), torch.no_grad():
                 buffer.copy_(value)
-        module._buffers[name] = buffer
+    for module, named, transient in buffers:
+        if list(module._buffers.keys()) != list(named):  # the forward registered or deleted some
+            module._buffers.clear()
+        for name, b in named.items():
+            module._buffers[name] = b
+        module._non_persistent_buffers_set = transient
 
 
 def _fork_generators(stack: ExitStack, networks: Sequence[nn.Module]) -> None:
@@ -284,19 +338,30 @@ def _fork_generators(stack: ExitStack, networks: Sequence[nn.Module]) -> None:
         stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
 
 
-def run(op: str, network: nn.Module, inputs: object) -> None:
+def run(
+    op: str, network: nn.Module, inputs: object, side: str = "network", argument: str = "inputs"
+) -> None:
     """Call a network with inputs on its own device.
 
     Args:
         op: The public name of the caller, for errors.
         network: The module to call.
-        inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: A tensor, a tuple of positional or a mapping of keyword arguments. No list: there
+            are networks whose one argument is a list.
+        side: What the caller calls the network, for errors.
+        argument: What the caller calls the inputs, for errors.
 
     Raises:
         TypeError: If inputs are none of these.
+        ValueError: If the network has lazy modules that have not run yet: they would not be left
+            as they were.
 
     >>> run("example", nn.Linear(2, 3), torch.zeros(1, 2))
     """
+    for name, module in network.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            expected = "a network without uninitialised lazy modules (run it once before)"
+            raise ValueError(message(op, side, expected, type(module).__name__, layer=name))
     home = next((x.device for x in (*network.parameters(), *network.buffers())), None)
     if isinstance(inputs, Tensor):
         network(_move(inputs, home))
@@ -306,7 +371,7 @@ def run(op: str, network: nn.Module, inputs: object) -> None:
         network(**{name: _move(x, home) for name, x in inputs.items()})
     else:
         expected = "a tensor, a tuple of arguments or a dict of keyword arguments"
-        raise TypeError(message(op, "inputs", expected, type(inputs)))
+        raise TypeError(message(op, argument, expected, type(inputs)))
 
 
 def _move(x: Any, device: torch.device | None) -> Any:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
-from typing import Any, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lwkd import autopair
 from lwkd.autopair import Shape, times
-from lwkd.hooks import COMPILED, Capture, Features, compiled_module, run, untouched
+from lwkd.hooks import COMPILED, Capture, Features, compiled_module, keep, run, untouched
 from lwkd.ops.checks import message, suggest
 
 _OP = "pair_layers"
+_SIDES = ("student", "teacher")
 _WRAPPERS = ("module", "_orig_mod")
 Modules = Mapping[str, nn.Module]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,10 @@ class LayerPair:
         teacher: Module name in the teacher.
         student_shape: Shape of the student's output for the example inputs, None without them.
         teacher_shape: Shape of the teacher's.
-        note: What happens where the shapes differ, and why "auto" chose the pair.
+        note: What happens where the shapes differ, why "auto" chose the pair, and what was seen
+            of the outputs.
+        changed: Which of "student" and "teacher" was seen to change this layer's output in place
+            later (``nn.ReLU(inplace=True)``, ``+=``): ``LayerPairs.capture`` keeps a copy of it.
     """
 
     student: str
@@ -43,6 +50,7 @@ class LayerPair:
     student_shape: Shape | None
     teacher_shape: Shape | None
     note: str
+    changed: tuple[str, ...] = ()
 
 
 class LayerPairs(Sequence[LayerPair]):
@@ -94,7 +102,9 @@ class LayerPairs(Sequence[LayerPair]):
         """Return a context manager that keeps the paired layers' activations, graph included.
 
         Its ``.student`` and ``.teacher`` are lists of L tensors, to be read as soon as the
-        networks have run. They stay alive as long as the object does.
+        networks have run. They stay alive as long as the object does. Each is the layer's own
+        output, or a copy of it where :func:`pair_layers` saw, on its ``example_inputs``, that a
+        later module changes it in place.
 
         Returns:
             The context manager; for one with-block at a time.
@@ -114,8 +124,29 @@ class LayerPairs(Sequence[LayerPair]):
         >>> [tuple(x.shape) for x in features.student + features.teacher]
         [(2, 3), (2, 5)]
         """
-        self.refuse_compiled("LayerPairs.capture")
-        return Features(self._student_layers, self._teacher_layers)
+        op = "LayerPairs.capture"
+        self.refuse_compiled(op)
+        student, teacher = (
+            self.watch(op, side, partial(keep, [side in pair.changed for pair in self]))
+            for side in _SIDES
+        )
+        return Features(student, teacher, any(p.student_shape is not None for p in self))
+
+    def watch(self, op: str, side: str, transform: Callable[[int, Tensor], T]) -> Capture[T]:
+        """Return what records one network's paired layers.
+
+        Args:
+            op: The public name of the caller, for errors.
+            side: "student" or "teacher".
+            transform: What to keep of an output, from the pair's index and the output.
+
+        Returns:
+            The recorder, to be entered.
+        """
+        network = self._student if side == "student" else self._teacher
+        layers = self._student_layers if side == "student" else self._teacher_layers
+        current = partial(named_layers, network)
+        return Capture(op, layers, transform, argument=side, current=current)
 
     def refuse_compiled(self, op: str) -> None:
         """Raise where hooks would not fire.
@@ -193,8 +224,9 @@ def pair_layers(
     Raises:
         ValueError: For an unknown name (with close matches), a student layer that occurs twice, an
             empty choice, a regex without match or with different counts, a container that never
-            runs, or networks that "auto" cannot pair.
-        TypeError: If ``pairs`` is none of the above, or a layer returns no tensor.
+            runs, lazy modules to be run that never ran, or networks that "auto" cannot pair.
+        TypeError: If a network is no module, ``pairs`` or ``example_inputs`` none of the above, or
+            a layer returns no dense tensor.
         RuntimeError: If a chosen layer did not run on ``example_inputs``.
 
     >>> import torch
@@ -213,6 +245,9 @@ def pair_layers(
     ['5', '1']
     """
     sides = ("student", student), ("teacher", teacher)
+    for side, network in sides:
+        if not isinstance(network, nn.Module):
+            raise TypeError(message(_OP, side, "an nn.Module", _short(network)))
     compiled = next((side for side, n in sides if compiled_module(n) is not None), None)
     networks = _unwrap(student), _unwrap(teacher)
     if networks[0] is networks[1]:
@@ -303,7 +338,7 @@ def _explicit(pairs: Any, layers: tuple[Modules, Modules]) -> list[tuple[str, st
         both = (item, item) if isinstance(item, str) else item
         if not isinstance(both, tuple) or [type(b) for b in both] != [str, str]:
             expected = "a module name or a (student, teacher) tuple of names or regexes"
-            raise TypeError(message(_OP, "pairs", expected, repr(item)))
+            raise TypeError(message(_OP, "pairs", expected, _short(item)))
         names = plain_name(both[0], layers[0]), plain_name(both[1], layers[1])
         if names[0] in layers[0] and names[1] in layers[1]:
             chosen.append(names)
@@ -316,6 +351,12 @@ def _explicit(pairs: Any, layers: tuple[Modules, Modules]) -> list[tuple[str, st
         else:
             chosen += _match(both, layers)
     return chosen
+
+
+def _short(x: object) -> str:
+    """Return the repr on one line; a module's own would fill the screen."""
+    text = " ".join(repr(x).split())
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _match(patterns: tuple[str, ...], layers: tuple[Modules, Modules]) -> list[tuple[str, str]]:
@@ -373,17 +414,82 @@ def _describe(
     """Add shapes and notes, by running the networks if there are inputs for it."""
     if example_inputs is None:
         return [LayerPair(s, t, None, None, why) for s, t, why in chosen]
-    shapes: list[list[Shape]] = []
+    looks: list[list[_Look]] = []
     for side, network in enumerate(networks):
         named = [(c[side], layers[side][c[side]]) for c in chosen]
-        with untouched(network), Capture(_OP, named, lambda _, x: tuple(x.shape)) as capture:
-            run(_OP, network, example_inputs)
-        shapes.append([capture.calls(i)[0] for i in range(len(named))])
+        looks.append(_look(_SIDES[side], network, named, example_inputs))
     described = []
-    for (s, t, why), a, b in zip(chosen, *shapes, strict=True):
-        note = "; ".join(part for part in (_mismatch(a, b), why) if part)
-        described.append(LayerPair(s, t, a, b, note))
+    for (s, t, why), *both in zip(chosen, *looks, strict=True):
+        changed = tuple(side for side, look in zip(_SIDES, both, strict=True) if look.changed)
+        normed = tuple(side for side, look in zip(_SIDES, both, strict=True) if look.normed)
+        shapes = both[0].shape, both[1].shape
+        notes = (_mismatch(*shapes), why, _of(changed, _COPIED), _of(normed, _NORMED))
+        described.append(LayerPair(s, t, *shapes, "; ".join(filter(None, notes)), changed))
     return described
+
+
+class _Look(NamedTuple):
+    """What was seen of a layer's output in one run of its network."""
+
+    shape: Shape
+    changed: bool
+    normed: bool
+
+
+_COPIED = "changed in place later: a copy is kept"
+_NORMED = "ends in a norm over channels: map nearly constant, see docs/maths.md"
+
+
+def _of(sides: tuple[str, ...], text: str) -> str:
+    """Say text of both networks, of one, or nothing."""
+    return text if len(sides) == 2 else " ".join((*sides, text)) if sides else ""
+
+
+def _look(
+    side: str, network: nn.Module, named: Sequence[tuple[str, nn.Module]], inputs: Any
+) -> list[_Look]:
+    """Run a network and look at its layers' outputs, when they are produced and at the end."""
+    latest: list[tuple[Tensor, int | Tensor]] = []  # a norm's output, and its state
+
+    def norm(_: int, x: Tensor) -> None:
+        latest[:] = [(x, _state(x))]
+
+    def note(_: int, x: Tensor) -> tuple[Tensor, int | Tensor, bool]:
+        normed = any(_shares(x, y) and not _changed(y, state) for y, state in latest)
+        return x, _state(x), normed
+
+    norms = [(name, m) for name, m in named_layers(network).items() if _channel_norm(m)]
+    with (
+        untouched(network),
+        Capture(_OP, norms, norm, lenient=True),  # first, so that a norm itself may be chosen
+        Capture(_OP, named, note, argument=side) as capture,
+    ):
+        run(_OP, network, inputs, side, "example_inputs")
+    return [
+        _Look(tuple(calls[0][0].shape), any(_changed(x, v) for x, v, _ in calls), calls[-1][2])
+        for calls in map(capture.calls, range(len(named)))
+    ]
+
+
+def _shares(x: Tensor, y: Tensor) -> bool:
+    """Whether one is a view of the other."""
+    return bool(x.untyped_storage()._cdata == y.untyped_storage()._cdata)
+
+
+def _state(x: Tensor) -> int | Tensor:
+    """Return what tells later whether x was changed in place: inference tensors have no version."""
+    return x.clone() if x.is_inference() else x._version
+
+
+def _changed(x: Tensor, state: int | Tensor) -> bool:
+    return not torch.equal(x, state) if isinstance(state, Tensor) else x._version != state
+
+
+def _channel_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm over one dimension; other people's by name."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
 def _mismatch(a: Shape, b: Shape) -> str:
@@ -426,7 +532,7 @@ def _auto(
         raise ValueError(message(_OP, "example_inputs", 'inputs to run, for pairs="auto"', "None"))
     found = []
     for side, network, known in zip(("student", "teacher"), networks, layers, strict=True):
-        events = _trace(network, known, inputs)
+        events = _trace(side, network, known, inputs)
         found_here = autopair.candidates(events)
         if not found_here:
             names = [e.name for e in events][:8]
@@ -442,7 +548,7 @@ def _auto(
     return chosen
 
 
-def _trace(network: nn.Module, layers: Modules, inputs: Any) -> list[autopair.Event]:
+def _trace(side: str, network: nn.Module, layers: Modules, inputs: Any) -> list[autopair.Event]:
     """Run a network; list the modules that ran once and put out a tensor with the batch first."""
     unique: dict[nn.Module, str] = {}
     for name, module in layers.items():
@@ -458,7 +564,7 @@ def _trace(network: nn.Module, layers: Modules, inputs: Any) -> list[autopair.Ev
         events.append(autopair.Event(name, module, tuple(x.shape), weights))
 
     with untouched(network), Capture(_OP, named, record, lenient=True):
-        run(_OP, network, inputs)
+        run(_OP, network, inputs, side, "example_inputs")
     calls = Counter(e.name for e in events)
     batch = _batch(inputs)
     return [e for e in events if calls[e.name] == 1 and e.shape[:1] == (batch,)]

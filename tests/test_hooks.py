@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -154,6 +155,52 @@ def test_outputs():
         odd(X)
 
 
+class Padded(nn.Module):
+    """A transformer whose layers put out nested tensors in eval mode, given a padding mask."""
+
+    def __init__(self, d=8, nested=True):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(d, 2, 2 * d, batch_first=True)
+        self.embed = nn.Linear(3, d)
+        self.enc = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(d, 3)
+
+    def forward(self, x, pad=None):
+        return self.head(self.enc(self.embed(x), src_key_padding_mask=pad))
+
+
+TOKENS = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(1))
+PAD = torch.arange(9).expand(2, 9) >= torch.tensor([[9], [6]])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layer", ["enc.layers.0", "enc.layers.1.linear1"])
+def test_nested_outputs_are_named(layer):
+    nets = Padded().eval(), Padded(16).eval()
+    expected = rf"student \(layer '{layer}'\): .* dense tensor, got a nested .*_tensor=False"
+    with pytest.raises(TypeError, match=expected):
+        pair_layers(*nets, [layer], example_inputs=(TOKENS, PAD))
+    with (
+        pytest.raises(TypeError, match="capture: " + expected),
+        pair_layers(*nets, [layer]).capture(),
+        torch.no_grad(),
+    ):
+        nets[0](TOKENS, PAD)
+    dense = [Padded(d, nested=False).eval() for d in (8, 16)]
+    with pair_layers(*dense, [layer]).capture() as features:
+        dense[0](TOKENS, PAD)
+    assert len(features.student) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("pairs", ["auto", ["enc", "head"]])
+def test_nested_outputs_of_other_layers_do_no_harm(pairs):
+    nets = Padded(), Padded(16)
+    found = pair_layers(*nets, pairs, example_inputs=(TOKENS, PAD))
+    assert found.names == ["enc", "head"]
+    assert found[0].student_shape == (2, 9, 8)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_counts_once(reentrant):
     """Fault 19: the recomputation in backward is not another call, in both modes."""
@@ -189,7 +236,10 @@ def test_an_in_place_relu_after_the_layer_is_named():
     student, teacher = net(inplace=True), net()
     with pair_layers(student, teacher, ["2", "0"]).capture() as features:
         student(X), teacher(X)
-    expected = r"student \(layer '0'\): expected an activation that is left as it was, .*pair that"
+    expected = (
+        r"student \(layer '0'\): expected an activation that is left as it was, .*"
+        r"pass example_inputs to pair_layers, .* or inplace=False"
+    )
     with pytest.raises(RuntimeError, match=expected):
         _ = features.student
     assert len(features.teacher) == 2
@@ -198,13 +248,71 @@ def test_an_in_place_relu_after_the_layer_is_named():
     assert torch.equal(features.student[0], student[:2](X))
 
 
+@pytest.mark.parametrize("pairs", ["auto", ["0", "2"]])
+def test_what_the_example_showed_to_change_in_place_is_copied(pairs):
+    student, teacher = net(inplace=True), net()
+    teacher[3].inplace = True
+    found = pair_layers(student, teacher, pairs, example_inputs=X)
+    assert [p.changed for p in found] == [("student",), ("teacher",)]
+    assert [p.note.split("; ")[-1] for p in found] == [
+        f"{side} changed in place later: a copy is kept" for side in ("student", "teacher")
+    ]
+    for some in (found, found[:1], found[1:]):
+        with some.capture() as features:
+            student(X), teacher(X)
+        for n, side in ((student, features.student), (teacher, features.teacher)):
+            got = dict(zip(some.names, side, strict=True))
+            want = {"0": n[0](X), "2": n[2](n[:2](X))}
+            assert all(torch.equal(x, want[name]) for name, x in got.items())
+    loss = features.student[0].square().sum()
+    want = torch.autograd.grad(student[:3](X).square().sum(), student[0].weight)[0]
+    assert torch.equal(torch.autograd.grad(loss, student[0].weight)[0], want)
+
+
+def test_what_is_left_as_it_was_is_not_copied():
+    student, teacher = net(inplace=True), net()
+    seen = []
+    student[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    with pair_layers(student, teacher, ["1"], example_inputs=X).capture() as features:
+        student(X)
+    assert features.student[0] is seen[-1]
+
+
+def test_pairing_in_inference_mode_sees_changes_in_place_too():
+    with torch.inference_mode():
+        pairs = pair_layers(net(inplace=True), net(), ["0", "2"], example_inputs=X)
+    assert [p.changed for p in pairs] == [("student",), ()]
+
+
+def test_a_change_in_place_that_only_training_makes_is_named():
+    student, teacher = net(), net()
+    student[1] = nn.Dropout(0.5, inplace=True)
+    pairs = pair_layers(student, teacher, ["0"], example_inputs=X)
+    with pairs.capture() as features:
+        student(X)
+    with pytest.raises(RuntimeError, match=r"not in eval mode on example_inputs: use inplace=Fa"):
+        _ = features.student
+
+
 def test_several_calls_in_a_block_raise():
     student, teacher = net(), net()
     with pair_layers(student, teacher, ["1"]).capture() as features:
         student(X), student(X)
     with pytest.raises(RuntimeError, match=r"student \(layer '1'\): expected one call .* got 2"):
         _ = features.student
-    with pytest.raises(RuntimeError, match=r"\(layer '1'\): expected the layer to run .* no call"):
+    with pytest.raises(RuntimeError, match=r"teacher \(layer '1'\): expected the layer to .* no"):
+        _ = features.teacher
+
+
+def test_a_layer_that_was_replaced_is_called_so():
+    student, teacher = net(), net()
+    pairs = pair_layers(student, teacher, ["1", "2"])
+    teacher[2] = nn.Conv2d(4, 5, 1)
+    with pairs.capture() as features:
+        student(X), teacher(X)
+    assert len(features.student) == 2
+    expected = r"capture: teacher \(layer '2'\): .* got no call: .* replaced since pair_layers"
+    with pytest.raises(RuntimeError, match=expected):
         _ = features.teacher
 
 
@@ -382,6 +490,77 @@ def test_run_moves_nested_inputs():
     run("op", nn.Identity(), X)
     with pytest.raises(TypeError, match=r"op: inputs: expected a tensor, .* got <class 'str'>"):
         run("op", net(), "text")
+
+
+class Registers(nn.Module):
+    """Registers a buffer as it runs, of either sort, and fills one that was None."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+        self.register_buffer("cache", None, persistent=False)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.cache = x.mean(0)
+        self.register_buffer("mask", x > 0, persistent=False)
+        self.register_buffer("count", self.count + 1, persistent=False)
+        if self.fail:
+            fail()
+        return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_untouched_restores_which_buffers_there_are(fails):
+    n = nn.Sequential(Registers(fails))
+    count = n[0].count
+    with pytest.raises(ArithmeticError) if fails else nullcontext(), untouched(n):
+        n(X)
+    assert list(n[0]._buffers) == ["cache", "count"]
+    assert n[0].cache is None
+    assert n[0].count is count
+    assert n[0]._non_persistent_buffers_set == {"cache"}
+    assert list(n.state_dict()) == ["0.count"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_modules_can_be_run():
+    n = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), X, check_trace=False)
+    before = {k: v.clone() for k, v in n.state_dict().items()}
+    with untouched(n):
+        run("op", n, X)
+    assert all(torch.equal(v, before[k]) for k, v in n.state_dict().items())
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d])
+def test_lazy_modules_are_named(lazy):
+    n = nn.Sequential(nn.Identity(), lazy())
+    expected = r"op: teacher \(layer '1'\): expected a network without uninit.* got Lazy"
+    with pytest.raises(ValueError, match=expected), untouched(n):
+        run("op", n, X, "teacher")
+    n(X)
+    with untouched(n):
+        run("op", n, X, "teacher")
+
+
+def test_untouched_restores_what_batch_norm_writes_without_a_version():
+    mean = torch.zeros(3)
+    n = nn.Module()
+    n.register_buffer("mean", mean)
+    with untouched(n):
+        nn.functional.batch_norm(X, n.mean, torch.ones(3), training=True)
+        assert n.mean.count_nonzero() == 3
+        assert n.mean._version == 0
+    assert torch.equal(mean, torch.zeros(3))
+    assert mean._version == 1
+
+
+def test_untouched_leaves_alone_what_a_graph_holds():
+    n = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    loss = n(X).sum()
+    with untouched(n):
+        n(X)
+    loss.backward()
 
 
 # --- memory ------------------------------------------------------------------------------------

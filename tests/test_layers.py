@@ -318,8 +318,10 @@ def test_auto_takes_tuples_and_dicts_of_inputs():
 
     for inputs in ((2.0, IMAGE), {"image": IMAGE, "scale": torch.tensor(2.0)}):
         assert chosen(Two(), Two(), inputs) == [(f"net.{i}",) * 2 for i in (0, 3, 6)]
-    with pytest.raises(TypeError, match=r"inputs: expected a tensor, .*, got <class 'int'>"):
-        pair_layers(Two(), Two(), ["net"], example_inputs=3)
+    expected = r"pair_layers: example_inputs: expected a tensor, .*, got <class '{}'>"
+    for inputs, pairs in ((3, ["net"]), ([2.0, IMAGE], ["net"]), ([2.0, IMAGE], "auto")):
+        with pytest.raises(TypeError, match=expected.format(type(inputs).__name__)):
+            pair_layers(Two(), Two(), pairs, example_inputs=inputs)
 
 
 def test_auto_that_cannot_pair_says_what_to_pass():
@@ -437,6 +439,7 @@ def test_names_dicts_and_regexes(pairs, expected):
         ({}, ValueError, "at least one pair, got none"),
         ("layer1", ValueError, "or a list of module names or pairs, got 'layer1'"),
         ([3], TypeError, "a module name or a .* tuple .*, got 3"),
+        ([(ResNet(), ResNet())], TypeError, r"a module name or a .*, got \(ResNet\(.{70,80}…$"),
         ([("a", "b", "c")], TypeError, "a module name or a .* tuple"),
         (7, TypeError, "expected a list of names .*, got <class 'int'>"),
     ],
@@ -456,6 +459,31 @@ def test_containers_that_never_run():
     # A Sequential iterated by hand shows only when it runs.
     with pytest.raises(RuntimeError, match=r"'blocks'\): .* got no call.*pair 'blocks.2'"):
         pair_layers(nets[1], ViT(3), ["blocks"], example_inputs=IMAGE)
+
+
+@pytest.mark.parametrize("wrong", [None, lambda x: x, nn.ReLU])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_networks_that_are_none(side, wrong):
+    nets = {"student": ResNet(), "teacher": ResNet()} | {side: wrong}
+    with pytest.raises(TypeError, match=rf"pair_layers: {side}: expected an nn.Module, got "):
+        pair_layers(**nets, pairs=["layer1"])
+
+
+def test_lazy_networks_are_named_or_work():
+    nets = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), nn.Sequential(*conv(3, 5))
+    for pairs in (["0"], "auto"):
+        with pytest.raises(ValueError, match=r"student \(layer '0'\): .* without uninitialised"):
+            pair_layers(*nets, pairs, example_inputs=IMAGE)
+    assert pair_layers(*nets, ["0"]).names == ["0"]
+    nets[0](IMAGE)
+    assert chosen(*nets) == [("0", "0")]
+
+
+def test_a_layer_that_does_not_run_is_named_with_its_network():
+    nets = nn.Sequential(*conv(3, 4)), nn.Sequential(*conv(3, 4))
+    nets[1][0].unused = nn.ReLU()
+    with pytest.raises(RuntimeError, match=r"pair_layers: teacher \(layer '0.unused'\): .* no"):
+        pair_layers(*nets, [("0", "0.unused")], example_inputs=IMAGE)
 
 
 def test_modules_shared_or_aliased():
@@ -586,3 +614,72 @@ def test_what_happens_to_a_mismatch(student, teacher, note):
 
     pairs = pair_layers(Fixed(student), Fixed(teacher), ["layer"], example_inputs=torch.ones(2, 1))
     assert pairs[0] == LayerPair("layer", "layer", student, teacher, note)
+
+
+# --- layers that end in a norm -----------------------------------------------------------------
+
+
+class Ends(nn.Module):
+    """A linear layer and what stands behind it."""
+
+    def __init__(self, *rest):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), *rest)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class LlamaRMSNorm(nn.Module):
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+class ChannelsFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(x).mT
+
+
+NORMED = "ends in a norm over channels: map nearly constant, see docs/maths.md"
+
+
+@pytest.mark.parametrize(
+    ("rest", "normed"),
+    [
+        ((nn.LayerNorm(6),), True),
+        ((nn.RMSNorm(6),), True),
+        ((LlamaRMSNorm(),), True),
+        ((nn.LayerNorm(6), nn.Dropout(0.1)), True),
+        ((ChannelsFirst(),), True),
+        ((nn.LayerNorm(6), nn.Linear(6, 6)), False),
+        ((nn.LayerNorm((9, 6)),), False),
+        ((nn.Identity(),), False),
+    ],
+)
+def test_a_layer_that_ends_in_a_norm_is_noted(rest, normed):
+    x = torch.randn(2, 9, 6)
+    pairs = pair_layers(Ends(*rest), Ends(), ["net"], example_inputs=x)
+    assert (f"student {NORMED}" in pairs[0].note) == normed
+    assert "teacher" not in pairs[0].note
+    with torch.inference_mode():
+        assert pair_layers(Ends(*rest), Ends(), ["net"], example_inputs=x)[0] == pairs[0]
+
+
+def test_a_norm_itself_and_post_norm_blocks_are_noted():
+    def encoder(depth, first):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=first)
+        return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    x = torch.randn(2, 9, 8)
+    for first in (False, True):
+        pairs = pair_layers(encoder(2, first), encoder(4, first), example_inputs=x)
+        assert [p.teacher for p in pairs] == ["layers.1", "layers.3"]
+        assert [p.note.endswith(f"; {NORMED}") for p in pairs] == [not first] * 2
+    pairs = pair_layers(ViT(2), ViT(4), ["norm"], example_inputs=IMAGE)
+    assert pairs[0].note.endswith(f"; {NORMED}")
+    d = lwkd.AttentionMeter(pairs, channel_dim=-1).measure(IMAGE)
+    assert d < 1e-6  # what the note warns of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.losses.terms import LossTerms
-from lwkd.ops import layer_discrepancy
-from lwkd.ops.attention import check_options
+from lwkd.ops.attention import check_options, discrepancy
+from lwkd.ops.backends import BACKENDS
 from lwkd.ops.checks import message, suggest
 
 _OP = "losses.AttentionTransfer"
@@ -44,7 +44,8 @@ class AttentionTransfer(nn.Module):
         backend: None, "reference", "compiled" or "triton".
 
     Raises:
-        ValueError: beta, convention or p out of its range.
+        ValueError: beta, convention, p or backend out of its range.
+        TypeError: beta is no number.
 
     >>> loss = AttentionTransfer(beta=1e3)
     >>> student = torch.rand(8, 16, 4, 4, requires_grad=True)
@@ -66,11 +67,15 @@ class AttentionTransfer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(beta, (int, float)):
+            raise TypeError(message(_OP, "beta", "a finite number ≥ 0", repr(beta)))
         if not 0 <= beta < math.inf:
             raise ValueError(message(_OP, "beta", "a finite number ≥ 0", beta))
         if convention not in _CONVENTIONS:
             got = repr(convention) + suggest(str(convention), _CONVENTIONS)
             raise ValueError(message(_OP, "convention", f"one of {_CONVENTIONS}", got))
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(message(_OP, "backend", f"None or one of {BACKENDS}", repr(backend)))
         check_options(_OP, p, "l2", 0.5)
         self.beta, self.convention, self.p = float(beta), convention, float(p)
         self.channel_dim, self.tokens, self.backend = channel_dim, tokens, backend
@@ -105,8 +110,8 @@ class AttentionTransfer(nn.Module):
         mean = self.convention == "code"
         if isinstance(teacher, (list, tuple)):  # anything else the op refuses
             teacher = [t.detach() if isinstance(t, Tensor) else t for t in teacher]
-        d = layer_discrepancy(
-            student, teacher, reduction="mean" if mean else "none", backend=self.backend, p=self.p,
+        d = discrepancy(  # that of ops.layer_discrepancy, its errors signed with our name
+            _OP, student, teacher, "mean" if mean else "none", self.backend, p=self.p,
             channel_dim=self.channel_dim, tokens=self.tokens, mask=mask,
         )  # fmt: skip
         if mean:
@@ -127,8 +132,11 @@ class AttentionTransfer(nn.Module):
         for i, pair in enumerate(zip(student, teacher, strict=True)):
             dims = self.channel_dim[i] if isinstance(self.channel_dim, list) else self.channel_dim
             both = dims if isinstance(dims, tuple) else (dims, dims)
-            spaces = (_space(x, d, f) for x, d, f in zip(pair, both, folds, strict=True))
-            counts.append(math.prod(min(a, b) for a, b in zip(*spaces, strict=True)))
+            s, t = [_space(x, d, f) for x, d, f in zip(pair, both, folds, strict=True)]
+            count = 1  # not math.prod, nor a generator: neither can be compiled
+            for a, b in zip(s, t, strict=True):
+                count *= min(a, b)
+            counts.append(count)
         return counts
 
 

@@ -28,6 +28,7 @@ class KnowledgeDistillation(nn.Module):
 
     Raises:
         ValueError: alpha or tau out of its range.
+        TypeError: alpha or tau is no number.
 
     >>> kd = KnowledgeDistillation(alpha=0.5, tau=4.0)
     >>> student = torch.zeros(2, 3, requires_grad=True)
@@ -38,6 +39,9 @@ class KnowledgeDistillation(nn.Module):
 
     def __init__(self, alpha: float = 0.5, tau: float = 4.0) -> None:
         super().__init__()
+        for argument, value in (("alpha", alpha), ("tau", tau)):
+            if not isinstance(value, (int, float)):
+                raise TypeError(message(_OP, argument, "a number", repr(value)))
         if not 0 <= alpha <= 1:
             raise ValueError(message(_OP, "alpha", "a number in [0, 1]", alpha))
         if not 0 < tau < math.inf:
@@ -62,7 +66,7 @@ class KnowledgeDistillation(nn.Module):
         Raises:
             ValueError: Logits that are not [N, C], heads of different size, a target of the wrong
                 shape or device, or none where alpha < 1.
-            TypeError: Logits that are not floating.
+            TypeError: Logits that are no floating tensors, a target that is no tensor.
         """
         self._check(student_logits, teacher_logits, target)
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -83,8 +87,9 @@ class KnowledgeDistillation(nn.Module):
 
     def _check(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
         for argument, x in (("student_logits", student), ("teacher_logits", teacher)):
-            if not x.is_floating_point():
-                raise TypeError(message(_OP, argument, "a floating tensor", x.dtype))
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(message(_OP, argument, "a floating tensor", got))
             if x.dim() != 2:
                 raise ValueError(message(_OP, argument, "[N, C]", f"shape {list(x.shape)}"))
         if student.shape != teacher.shape:
@@ -102,6 +107,8 @@ def _check_target(student: Tensor, target: Tensor | None) -> None:
     expected = f"class indices [{n}] or probabilities [{n}, {c}]"
     if target is None:
         raise ValueError(message(_OP, "target", f"{expected}, as alpha < 1", None))
+    if not isinstance(target, Tensor):
+        raise TypeError(message(_OP, "target", expected, type(target).__name__))
     indices = target.dtype == torch.int64 and list(target.shape) == [n]
     if not indices and not (target.is_floating_point() and target.shape == student.shape):
         got = f"{target.dtype} {list(target.shape)}"

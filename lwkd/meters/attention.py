@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lwkd.hooks import Capture, run, untouched
 from lwkd.layers import LayerPairs
-from lwkd.ops import attention_maps, layer_discrepancy
-from lwkd.ops.attention import check_options
+from lwkd.ops import attention_maps
+from lwkd.ops.attention import check_options, discrepancy
+from lwkd.ops.backends import BACKENDS
 from lwkd.ops.checks import message
 
 _OP = "AttentionMeter"
+_SIDES = ("student", "teacher")
 Fold = tuple[int, int, int]
 
 
@@ -50,8 +52,8 @@ class AttentionMeter:
         backend: Of the comparison: None, "reference", "compiled" or "triton".
 
     Raises:
-        ValueError: p, beta, divergence, every, channel_dim or tokens out of range; from a forward:
-            an output of the wrong shape (the message names the layer).
+        ValueError: p, beta, divergence, every, channel_dim, tokens or backend out of range; from a
+            forward: an output of the wrong shape (the message names the layer).
         TypeError: ``pairs`` is not a ``LayerPairs``; from a forward: a layer without a tensor.
         RuntimeError: On entering: a block inside a block, or a compiled network, for which
             ``measure`` and ``ops.layer_discrepancy`` are there.
@@ -88,13 +90,15 @@ class AttentionMeter:
         if not isinstance(pairs, LayerPairs):
             raise TypeError(message(_OP, "pairs", "LayerPairs, from pair_layers", type(pairs)))
         check_options(_OP, p, divergence, beta)
-        if not isinstance(every, int) or every < 1:
+        if type(every) is not int or every < 1:
             raise ValueError(message(_OP, "every", "an int ≥ 1", repr(every)))
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(message(_OP, "backend", f"None or one of {BACKENDS}", repr(backend)))
         self.pairs, self.seed, self.every = pairs, seed, every
         self._p = p
         self._compare = partial(
-            layer_discrepancy, p=1.0, channel_dim=1, divergence=divergence, beta=beta,
-            backend=backend,
+            discrepancy, _OP, reduction="mean", backend=backend,
+            p=1.0, channel_dim=1, divergence=divergence, beta=beta,
         )  # fmt: skip
         self._folds = _folds(tokens)
         self._dims = _channel_dims(channel_dim, len(pairs))
@@ -106,9 +110,8 @@ class AttentionMeter:
     def __enter__(self) -> AttentionMeter:
         if self._hooks is not None:
             raise RuntimeError(message(_OP, "with-block", "one entry at a time", "a second"))
+        self.pairs.refuse_compiled(_OP)  # due or not: a meter fails in its first block or never
         due = self._calls % self.every == 0
-        if due:
-            self.pairs.refuse_compiled(_OP)
         with ExitStack() as stack:
             self._sides = self._captures(stack) if due else None
             self._hooks = stack.pop_all()
@@ -187,8 +190,8 @@ class AttentionMeter:
         student, teacher = self.pairs.student, self.pairs.teacher
         with untouched(student, teacher), ExitStack() as stack:
             sides = self._captures(stack)
-            for network in (student, teacher):
-                run(f"{_OP}.measure", network, inputs)
+            for side, network in zip(_SIDES, (student, teacher), strict=True):
+                run(f"{_OP}.measure", network, inputs, side)
         return self._distances(*sides, mask)
 
     def state_dict(self) -> dict[str, int]:
@@ -204,16 +207,16 @@ class AttentionMeter:
         Raises:
             ValueError: If it holds anything but a count.
         """
-        calls = state.get("calls")
-        if set(state) != {"calls"} or not isinstance(calls, int) or calls < 0:
+        calls = state.get("calls") if isinstance(state, dict) and len(state) == 1 else None
+        if type(calls) is not int or calls < 0:
             expected = '{"calls": int ≥ 0}'
-            raise ValueError(message(f"{_OP}.load_state_dict", "state", expected, state))
+            raise ValueError(message(f"{_OP}.load_state_dict", "state", expected, repr(state)))
         self._calls = calls
 
     def _captures(self, stack: ExitStack) -> tuple[Capture[Tensor], Capture[Tensor]]:
         student, teacher = (
-            stack.enter_context(Capture(_OP, layers, partial(self._reduce, side)))
-            for side, layers in enumerate((self.pairs.student_layers, self.pairs.teacher_layers))
+            stack.enter_context(self.pairs.watch(_OP, name, partial(self._reduce, side)))
+            for side, name in enumerate(_SIDES)
         )
         return student, teacher
 
@@ -242,9 +245,10 @@ class AttentionMeter:
 
     def _distances(self, student: Capture[Tensor], teacher: Capture[Tensor], mask: Any) -> Tensor:
         """Compare the maps; the calls of one batch size go through the op together."""
-        if mask is not None and len(mask) != len(self.pairs):
+        if mask is not None and (type(mask) not in (list, tuple) or len(mask) != len(self.pairs)):
+            got = len(mask) if type(mask) in (list, tuple) else type(mask).__name__
             expected = f"a list of {len(self.pairs)}, one a layer"
-            raise ValueError(message(_OP, "mask", expected, len(mask)))
+            raise ValueError(message(_OP, "mask", expected, got))
         rows: dict[int, list[_Row]] = {}
         total = [0] * len(self.pairs)
         for i, pair in enumerate(self.pairs):
@@ -253,11 +257,11 @@ class AttentionMeter:
                 expected = f"{len(maps[0])} call(s), as of student's layer {pair.student!r}"
                 got = len(maps[1])
                 raise RuntimeError(message(_OP, "teacher", expected, got, layer=pair.teacher))
-            sizes = [len(m) for m in maps[0]]
-            total[i] = sum(sizes)
-            masks = _split(None if mask is None else mask[i], sizes, pair.student)
-            for s, t, m in zip(*maps, masks, strict=True):
+            for s, t in zip(*maps, strict=True):
                 _check_maps(s, t, pair.teacher)
+            total[i] = sum(map(len, maps[0]))
+            masks = _split(None if mask is None else mask[i], *maps, pair.student)
+            for s, t, m in zip(*maps, masks, strict=True):
                 rows.setdefault(len(s), []).append(_Row(i, s, t.to(s.device), m))
         with torch.no_grad():
             parts = [
@@ -298,14 +302,23 @@ def _check_maps(s: Tensor, t: Tensor, name: str) -> None:
         raise ValueError(message(_OP, "teacher", expected, got, layer=name))
 
 
-def _split(mask: Tensor | None, sizes: list[int], name: str) -> Sequence[Tensor | None]:
+def _split(
+    mask: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], name: str
+) -> Sequence[Tensor | None]:
     """Cut a mask over the samples of all calls into one a call."""
     if mask is None:
-        return [None] * len(sizes)
-    if mask.dim() == 0 or len(mask) != sum(sizes):
-        expected = f"None or bool [{sum(sizes)}, *common space]"
-        raise ValueError(message(_OP, "mask", expected, list(mask.shape), layer=name))
-    return list(mask.split(sizes))
+        return [None] * len(student)
+    n = sum(map(len, student))
+    for s, t in zip(student, teacher, strict=True):
+        shape = [n, *map(min, s.shape[1:], t.shape[1:])]
+        expected = f"None or bool {shape} (the common space) on {s.device}"
+        got = type(mask).__name__
+        if isinstance(mask, Tensor):
+            if mask.dtype == torch.bool and list(mask.shape) == shape and mask.device == s.device:
+                continue
+            got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
+        raise ValueError(message(_OP, "mask", expected, got, layer=name))
+    return list(mask.split([len(s) for s in student]))
 
 
 def _channel_dims(channel_dim: Any, length: int) -> list[tuple[int | None, int | None]]:
@@ -321,11 +334,12 @@ def _channel_dims(channel_dim: Any, length: int) -> list[tuple[int | None, int |
 
 def _folds(tokens: Any) -> tuple[Fold | None, Fold | None]:
     """The (h, w, prefix) of student and teacher."""
-    sides = (None, None) if tokens is None else tuple(tokens)
-    if len(sides) != 2 or not all(fold is None or _is_fold(fold) for fold in sides):
+    sides = (None, None) if tokens is None else tokens
+    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not pair or not all(fold is None or _is_fold(fold) for fold in sides):
         expected = "a (student, teacher) pair, each None or (h, w, prefix)"
         raise ValueError(message(_OP, "tokens", expected, repr(tokens)))
-    return sides
+    return sides[0], sides[1]
 
 
 def _is_fold(fold: Any) -> bool:

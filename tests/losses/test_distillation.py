@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +111,26 @@ def test_tau_out_of_range(tau: float) -> None:
         KnowledgeDistillation(tau=tau)
 
 
+@pytest.mark.parametrize("argument", ["alpha", "tau"])
+def test_options_that_are_no_numbers(argument: str) -> None:
+    expected = rf"KnowledgeDistillation: {argument}: expected a number, got 'a'"
+    with pytest.raises(TypeError, match=expected):
+        KnowledgeDistillation(**{argument: "a"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("alpha", "tau"), CASES)
+def test_it_compiles_without_a_graph_break(alpha: float, tau: float) -> None:
+    torch._dynamo.reset()
+    student, teacher, target = draw()
+    kd = KnowledgeDistillation(alpha, tau)
+    compiled = torch.compile(kd, backend="aot_eager", fullgraph=True)
+    terms = [f(student, teacher, target) for f in (kd, compiled)]
+    torch.testing.assert_close(terms[1].total, terms[0].total)
+    grads = [torch.autograd.grad(t.total, student)[0] for t in terms]
+    torch.testing.assert_close(grads[1], grads[0])
+    torch._dynamo.reset()
+
+
 x, y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
 
 
@@ -125,9 +147,12 @@ x, y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
         ((x, x, x[:, :5]), ValueError, r"target: expected .* got torch.float32 \[4, 5\]"),
         ((x, x.to("meta"), y), ValueError, "teacher_logits: expected a tensor on cpu"),
         ((x, x, y.to("meta")), ValueError, "target: expected a tensor on cpu"),
+        ((None, None, None), TypeError, "student_logits: expected a floating tensor, got NoneType"),
+        ((x, [0.0], y), TypeError, "teacher_logits: expected a floating tensor, got list"),
+        ((x, x, [0, 1, 2, 3]), TypeError, "target: expected class indices .* got list"),
     ],
 )
-def test_errors_name_the_argument(args: tuple[Tensor, ...], kind: type, text: str) -> None:
+def test_errors_name_the_argument(args: tuple[Any, ...], kind: type, text: str) -> None:
     with pytest.raises(kind, match=text):
         KnowledgeDistillation()(*args)
 

@@ -349,7 +349,9 @@ def test_every_kth_block_is_due_and_the_others_install_nothing(networks):
             assert (hooks(*networks) > 0) == expects
 
 
-@pytest.mark.parametrize("state", [{}, {"calls": -1}, {"calls": 1.0}, {"calls": 1, "more": 2}])
+@pytest.mark.parametrize(
+    "state", [{}, {"calls": -1}, {"calls": 1.0}, {"calls": True}, {"calls": 1, "more": 2}, 3, None]
+)
 def test_a_wrong_state_is_refused(networks, state):
     meter = AttentionMeter(pair_layers(*networks, ["layer1"]))
     with pytest.raises(
@@ -424,7 +426,7 @@ def test_calls_that_do_not_match(networks):
         meter.discrepancy()
     with meter:
         networks[0](IMAGE)
-    with pytest.raises(RuntimeError, match=r"'layer2'\): expected the layer to run"):
+    with pytest.raises(RuntimeError, match=r"AttentionMeter: teacher \(layer 'layer2'\): .*to run"):
         meter.discrepancy()
     with meter:
         networks[0](IMAGE), networks[1](IMAGE[:1])
@@ -438,8 +440,15 @@ def test_wrong_masks(networks):
     meter = AttentionMeter(pair_layers(*networks, ["layer1", "layer2"]))
     for mask, text in (
         ([None], "mask: expected a list of 2, one a layer, got 1"),
+        (torch.ones(2, 8, 8) > 0, "mask: expected a list of 2, one a layer, got Tensor"),
+        (3, "mask: expected a list of 2, one a layer, got int"),
         ([None, torch.ones(3, 8, 8) > 0], r"mask \(layer 'layer2'\): expected None or bool \[2, "),
-        ([torch.ones(2, 8, 8) > 0, None], r"mask \(layer 0\): expected None or bool \[2, 16, 16\]"),
+        (
+            [torch.ones(2, 8, 8) > 0, None],
+            r"'layer1'\): expected None or bool \[2, 16, 16\]",
+        ),
+        ([torch.ones(2, 16, 16), None], r"mask \(layer 'layer1'\): .* got torch.float32"),
+        ([None, 3], r"AttentionMeter: mask \(layer 'layer2'\): expected None or bool .* got int"),
     ):
         with pytest.raises(ValueError, match=text):
             meter.measure(IMAGE, mask=mask)
@@ -453,6 +462,9 @@ def test_wrong_masks(networks):
         ({"divergence": "kl"}, "AttentionMeter: divergence: .*got 'kl'"),
         ({"every": 0}, "AttentionMeter: every: expected an int ≥ 1, got 0"),
         ({"every": 1.5}, "AttentionMeter: every"),
+        ({"every": True}, "AttentionMeter: every: expected an int ≥ 1, got True"),
+        ({"backend": "cuda"}, "AttentionMeter: backend: expected None or one of .* got 'cuda'"),
+        ({"tokens": 5}, r"AttentionMeter: tokens: expected a \(student, teacher\) pair, .* got 5"),
         ({"tokens": ((8, 8, 1),)}, r"AttentionMeter: tokens: expected a \(student, teacher\) pair"),
         ({"tokens": ((8, 8), None)}, "AttentionMeter: tokens"),
         ({"tokens": ((0, 8, 1), None)}, "AttentionMeter: tokens"),
@@ -470,8 +482,6 @@ def test_wrong_pairs_and_backends(networks):
     with pytest.raises(TypeError, match=r"AttentionMeter: pairs: expected LayerPairs, .*list"):
         AttentionMeter(["layer1"])  # type: ignore[arg-type]
     pairs = pair_layers(*networks, ["layer1"])
-    with pytest.raises(ValueError, match=r"backend: .* got 'cuda'"):
-        AttentionMeter(pairs, backend="cuda").measure(IMAGE)
     reference = AttentionMeter(pairs, backend="reference").measure(IMAGE)
     close(reference, expected(pairs, *networks, IMAGE))
 
@@ -489,6 +499,10 @@ def test_compiled_networks_raise_in_a_block_and_can_be_measured(form):
         pytest.fail("entered")
     assert hooks(original, teacher) == 0
     assert meter.state_dict() == {"calls": 0}
+    meter.load_state_dict({"calls": 1})  # nor in a block that is not due
+    meter.every = 2
+    with pytest.raises(RuntimeError, match=r"AttentionMeter: student.*call \.measure\(\)"), meter:
+        pytest.fail("entered")
     network(x)
     own = original.__dict__.get("forward"), original[2].__dict__.get("_compiled_call_impl")
     got = meter.measure(x)
@@ -519,7 +533,9 @@ def test_measure_leaves_everything_as_it_was(networks):
         )  # fmt: skip
 
     before = state()
-    for inputs, error in ((IMAGE, None), (IMAGE[:, :2], RuntimeError), (3, TypeError)):
+    for inputs, error in (
+        (IMAGE, None), (IMAGE[:, :2], RuntimeError), (3, TypeError), ([IMAGE], TypeError)
+    ):  # fmt: skip
         if error is None:
             assert not meter.measure(inputs, target=torch.zeros(2), loss_fn=None).requires_grad
         else:
