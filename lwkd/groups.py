@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lwkd.layers import LayerPairs, named_layers
+from lwkd import rates
+from lwkd.layers import LayerPairs, named_layers, plain_name
 from lwkd.ops import checks
-
-Rate = float | Tensor
+from lwkd.policy import is_number
+from lwkd.rates import Rate
 
 
 def param_groups_layerwise(
@@ -32,18 +33,21 @@ def param_groups_layerwise(
     Args:
         student: The network to train, or a wrapper around it.
         pairs: What `pair_layers` returned for it.
-        lr: The rate of every group; a tensor is cloned per group.
+        lr: The rate of every group; a floating tensor of one number is cloned per group.
         weight_decay: Of the parameters that are decayed.
-        no_weight_decay_list: Names of further parameters without weight decay.
+        no_weight_decay_list: Names of further parameters without weight decay; what wrappers put
+            in front of them does not matter.
 
     Returns:
         Groups with the keys ``params``, ``lr``, ``weight_decay`` and ``name``; names are unique,
         the layer's, with "/no_decay" added where its other group is decayed.
 
     Raises:
-        ValueError: A pair without parameters, a pair whose parameters are not in ``student``, a
-            negative rate or decay.
-        TypeError: Pairs that are not from `pair_layers`, one string for the list of names.
+        ValueError: A pair without parameters or with a module that was replaced since, a pair whose
+            parameters are not in ``student``, a negative rate or decay, a name that is no
+            parameter's.
+        TypeError: Pairs that are not from `pair_layers`, one string for the list of names, a rate
+            or decay of another type.
 
     >>> from torch import nn
     >>> from lwkd import pair_layers
@@ -54,20 +58,20 @@ def param_groups_layerwise(
     [('0', 0.0001), ('0/no_decay', 0.0), ('rest', 0.0001), ('rest/no_decay', 0.0)]
     """
     op = "param_groups_layerwise"
-    if not isinstance(lr, Tensor) and not 0.0 <= lr < math.inf:
-        raise ValueError(checks.message(op, "lr", "a number >= 0", lr))
+    rates.check(op, "lr", lr)
+    if not is_number(weight_decay):
+        got = type(weight_decay).__name__
+        raise TypeError(checks.message(op, "weight_decay", "a number >= 0", got))
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(checks.message(op, "weight_decay", "a number >= 0", weight_decay))
-    if isinstance(no_weight_decay_list, str):
-        expected = "a collection of names"
-        raise TypeError(checks.message(op, "no_weight_decay_list", expected, "one str"))
     owners, names = _owners(pairs, op), _names(pairs)
     _check_student(student, owners, names, op)
+    listed = _listed(student, pairs, no_weight_decay_list, op)
     found: dict[tuple[str | None, float], list[nn.Parameter]] = {}
     for name, p in student.named_parameters():
         if p.requires_grad:
             name = names.get(id(p), name)
-            bare = p.ndim <= 1 or name.split(".")[-1] == "bias" or name in no_weight_decay_list
+            bare = p.ndim <= 1 or name.split(".")[-1] == "bias" or id(p) in listed
             found.setdefault((owners.get(id(p)), 0.0 if bare else weight_decay), []).append(p)
     order = [(x, y) for x in (*pairs.names, None) for y in dict.fromkeys((weight_decay, 0.0))]
     groups: list[dict[str, Any]] = []
@@ -89,11 +93,34 @@ def _names(pairs: LayerPairs) -> dict[int, str]:
     return {id(p): name.replace("_orig_mod.", "") for name, p in named}
 
 
+def _listed(student: nn.Module, pairs: LayerPairs, wanted: Collection[str], op: str) -> set[int]:
+    """Find the parameters that a list names, by identity; a tied one has several names."""
+    argument, known = "no_weight_decay_list", dict[str, int]()
+    if isinstance(wanted, str):
+        raise TypeError(checks.message(op, argument, "a collection of names", "one str"))
+    for network in (student, pairs.student):
+        for name, p in network.named_parameters(remove_duplicate=False):
+            known.update({name: id(p), name.replace("_orig_mod.", ""): id(p)})
+    found = set()
+    for name in wanted:
+        plain = plain_name(str(name), known)
+        if plain not in known:
+            got = repr(name) + checks.suggest(plain, known)
+            raise ValueError(checks.message(op, argument, "names of parameters", got))
+        found.add(known[plain])
+    return found
+
+
 def _owners(pairs: LayerPairs, op: str) -> dict[int, str]:
     """Tell the layer of each paired parameter, by identity: the innermost paired module."""
     if not isinstance(pairs, LayerPairs):
         got = type(pairs).__name__
         raise TypeError(checks.message(op, "pairs", "what pair_layers returned", got))
+    now = named_layers(pairs.student)
+    for name, module in pairs.student_layers:
+        if now.get(name) is not module:
+            expected, got = "the module that was paired", "another: replaced since pair_layers"
+            raise ValueError(checks.message(op, "pairs", expected, got, layer=name))
     owners: dict[int, str] = {}
     for name, module in sorted(pairs.student_layers, key=lambda item: -item[0].count(".")):
         for p in module.parameters():
@@ -127,12 +154,17 @@ def _nearest(pairs: LayerPairs, name: str) -> str | None:
 
 
 def match(optimizer: Optimizer, pairs: LayerPairs) -> list[int | None]:
-    """Return the index of each group's layer, None for the rest."""
+    """Return the index of each group's layer, None for the rest.
+
+    The paired layers' trainable parameters must all be there. Others need not be: what another
+    optimizer trains, or nobody does, is no concern of the rates.
+    """
     op = "LayerwiseLR"
     if not isinstance(optimizer, Optimizer):
         got = type(optimizer).__name__
         raise TypeError(checks.message(op, "optimizer", "a torch.optim.Optimizer", got))
     owners, names = _owners(pairs, op), _names(pairs)
+    rates.check_all(op, optimizer)
     layers: list[int | None] = []
     for i, group in enumerate(optimizer.param_groups):
         title = repr(group.get("name", i))

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
+import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,8 +34,20 @@ FLOOR = 1e-3
 UNSEEN = -1.0
 """Marks, in a policy's state, a layer without a distance so far; distances are never negative."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of the numbers that a multiplier or a weight can be."""
+
 State = dict[str, Tensor]
 Policy = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell whether a value is one real number; True and False are none.
+
+    >>> [is_number(x) for x in (0.5, 3, True, "1", None)]
+    [True, True, False, False, False]
+    """
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_valid(d: Tensor) -> Tensor:
@@ -239,65 +255,91 @@ def bind(
 
     Raises:
         ValueError: An unknown name, or an option out of its range.
-        TypeError: A policy that is neither a name nor callable.
+        TypeError: A policy that is neither a name nor callable, an option that is no number.
 
     >>> name, policy = bind("power", gamma=-1.0)
     >>> name, [round(m, 4) for m in policy(torch.tensor([1.0, 3.0]), {})[0].tolist()]
     ('power', [1.5, 0.5])
     """
-    _require(len(bounds) == 2, "bounds", "a pair (low, high)", bounds)
-    low, high = bounds
-    _require(0.0 <= low <= 1.0 <= high < math.inf, "bounds", "0 <= low <= 1 <= high", bounds)
-    _require(0.0 <= momentum < 1.0, "momentum", "a number in [0, 1)", momentum)
-    _require(math.isfinite(gamma), "gamma", "a finite number", gamma)
-    _require(math.isfinite(lam), "lam", "a finite number", lam)
-    _require(0.0 < tau < math.inf, "tau", "a positive number", tau)
+    if not isinstance(bounds, (tuple, list)):
+        raise TypeError(_error("bounds", "a pair (low, high)", type(bounds).__name__))
+    if len(bounds) != 2:
+        raise ValueError(_error("bounds", "a pair (low, high)", bounds))
+    low, high = (_number("bounds", x, "0 <= low <= 1 <= high", lambda x: x >= 0) for x in bounds)
+    if not low <= 1.0 <= high <= LARGEST:
+        raise ValueError(_error("bounds", "0 <= low <= 1 <= high", bounds))
+    options = {
+        "bounds": (low, high),
+        "momentum": _number("momentum", momentum, "a number in [0, 1)", lambda x: 0 <= x < 1),
+        "gamma": _number("gamma", gamma, "a finite number"),
+        "lam": _number("lam", lam, "a finite number"),
+        "tau": _number("tau", tau, "a positive number", lambda x: x > 0),
+    }
     if policy is None:
         policy = DEFAULT
     if not isinstance(policy, str):
         if not callable(policy):
             raise TypeError(_error("policy", "a name or a callable", type(policy).__name__))
-        return "custom", _shielded(policy)
+        return "custom", partial(_shielded, policy)
     if policy not in POLICIES:
         expected = "one of " + ", ".join(POLICIES)
         raise ValueError(
             _error("policy", expected, f"{policy!r}{checks.suggest(policy, POLICIES)}")
         )
     function = POLICIES[policy]
-    options = {"bounds": (low, high), "momentum": momentum, "gamma": gamma, "lam": lam, "tau": tau}
     takes = inspect.signature(function).parameters
-    chosen = {key: value for key, value in options.items() if key in takes}
-    return policy, lambda d, state: function(d, state, **chosen)
+    return policy, partial(function, **{k: v for k, v in options.items() if k in takes})
 
 
 def _error(argument: str, expected: str, got: object) -> str:
     return checks.message("LayerwiseLR", argument, expected, got)
 
 
-def _require(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(_error(argument, expected, got))
+def _number(
+    argument: str, value: object, expected: str, fits: Callable[[float], bool] = math.isfinite
+) -> float:
+    if not is_number(value):
+        raise TypeError(_error(argument, expected, type(value).__name__))
+    if not (abs(value) <= sys.float_info.max and fits(value)):
+        raise ValueError(_error(argument, expected, value))
+    return float(value)
 
 
-def _shielded(policy: Policy) -> Policy:
+def _shielded(policy: Policy, d: Tensor, state: State) -> tuple[Tensor, State]:
     """Let a user's policy see only distances that count, so that no NaN settles in its state."""
+    valid = is_valid(d)
+    last = torch.where(valid, d, state.get("last_valid", torch.zeros_like(d)))
+    own = {key: value for key, value in state.items() if key != "last_valid"}
+    multipliers, new = _checked(policy(last.clone(), dict(own)), d, own)
+    kept = {
+        # Without any new distance nothing was learned: the state stays.
+        key: torch.where(valid.any(), value, own[key]) if key in own else value
+        for key, value in new.items()
+    }
+    return multipliers.to(d), {**kept, "last_valid": last}
 
-    def shielded(d: Tensor, state: State) -> tuple[Tensor, State]:
-        valid = is_valid(d)
-        last = torch.where(valid, d, state.get("last_valid", torch.zeros_like(d)))
-        own = {key: value for key, value in state.items() if key != "last_valid"}
-        multipliers, new = policy(last.clone(), dict(own))
-        if not isinstance(multipliers, Tensor) or multipliers.shape != d.shape:
-            got = getattr(multipliers, "shape", type(multipliers).__name__)
-            raise ValueError(_error("policy", f"multipliers of shape {tuple(d.shape)}", got))
-        kept = {
-            # Without any new distance nothing was learned: the state stays.
-            key: torch.where(valid.any(), value, own[key]) if key in own else value
-            for key, value in new.items()
-        }
-        return multipliers.to(d), {**kept, "last_valid": last}
 
-    return shielded
+def _checked(result: object, d: Tensor, own: State) -> tuple[Tensor, State]:
+    """Return what a user's policy returned, if it is what a policy returns."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = f"{len(result)} of them" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(_error("policy", "a pair (multipliers, state)", got))
+    multipliers, new = result
+    if not isinstance(multipliers, Tensor) or multipliers.shape != d.shape:
+        got = getattr(multipliers, "shape", type(multipliers).__name__)
+        raise ValueError(_error("policy", f"multipliers of shape {tuple(d.shape)}", got))
+    if multipliers.is_complex():
+        raise TypeError(_error("policy", "real multipliers", multipliers.dtype))
+    if not isinstance(new, dict):
+        raise TypeError(_error("policy", "a state that is a dict of tensors", type(new).__name__))
+    for key, value in new.items():
+        if not isinstance(key, str) or key == "last_valid" or not isinstance(value, Tensor):
+            expected = "a state of tensors by name, 'last_valid' being taken"
+            raise TypeError(_error("policy", expected, f"{type(value).__name__} at {key!r}"))
+        if key in own and value.shape != own[key].shape:
+            expected = f"state {key!r} of shape {tuple(own[key].shape)}, as before"
+            raise ValueError(_error("policy", expected, f"shape {tuple(value.shape)}"))
+    return multipliers, new
 
 
 def _smooth(d: Tensor, state: State, momentum: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lwkd import rates
 from lwkd.ops import checks
 
 SCALARS = ("multiplier", "distance", "weight", "skipped")
@@ -40,14 +41,14 @@ class SavedState:
     def expect(self, key: str, value: object) -> None:
         """Raise unless a key has this value."""
         got = self.get(key, type(value))
-        if got != value:
+        if got != value or type(got) is not type(value):  # True is 1
             self.fail(f"{key} {value!r}", repr(got))
 
     def count(self, key: str) -> int:
-        """Return a whole number >= 0."""
+        """Return a whole number >= 0 that a counter can have reached."""
         value: int = self.get(key, int)
-        if isinstance(value, bool) or value < 0:
-            self.fail(f"{key!r} to be a number >= 0", value)
+        if isinstance(value, bool) or not 0 <= value < 2**63:
+            self.fail(f"{key!r} to be a number >= 0 of 63 bits", value)
         return value
 
     def same_names(self, what: str, got: list[str], expected: list[str]) -> None:
@@ -62,8 +63,8 @@ class SavedState:
         """Return copies of a dict of tensors."""
         values = self.get(key, dict)
         for name, value in values.items():
-            if not isinstance(value, Tensor):
-                self.fail(f"{key}[{name!r}] to be a tensor", type(value).__name__)
+            if not _holds_data(value):
+                self.fail(f"{key}[{name!r}] to be a tensor that holds data", _kind(value))
         return {name: value.detach().to(device, copy=True) for name, value in values.items()}
 
     def layers(
@@ -78,22 +79,28 @@ class SavedState:
             own = [f"policy.{key}" for key in template]
         for name in names:
             row = saved[name]
-            if not isinstance(row, dict) or not all(isinstance(v, Tensor) for v in row.values()):
-                self.fail("a dict of tensors", type(row).__name__, name)
+            if not isinstance(row, dict) or not all(map(_holds_data, row.values())):
+                self.fail("a dict of tensors that hold data", type(row).__name__, name)
             self.same_names(f"layer {name!r}:", list(row), [*SCALARS, *own])
             for key, value in row.items():
                 scalar = key in SCALARS or template is not None
                 shape = () if scalar else tuple(first[key].shape)
                 if value.shape != shape:
                     self.fail(f"{key!r} of shape {shape}", tuple(value.shape), name)
-                low = 0.0 if key in SCALARS else unseen
-                if scalar and not low <= float(value) < math.inf:
-                    self.fail(f"{key!r} finite, at least {low}", float(value), name)
+                if scalar:
+                    self._check_scalar(key, value, 0.0 if key in SCALARS else unseen, name)
         stacked = {k: torch.stack([saved[n][k] for n in names]).to(like.device) for k in first}
         if template is not None:
             self.same_names("shared", list(self.get("shared", dict)), [])
             stacked.update({key: stacked[key].to(like.dtype) for key in own})
         return stacked
+
+    def _check_scalar(self, key: str, value: Tensor, low: float, layer: str) -> None:
+        whole = key == "skipped"
+        if value.is_complex() or value.dtype == torch.bool or value.is_floating_point() == whole:
+            self.fail(f"{key!r} to be {'whole' if whole else 'floating'}", value.dtype, layer)
+        if not low <= float(value) < math.inf:
+            self.fail(f"{key!r} finite, at least {low}", float(value), layer)
 
     def groups(self, keys: Sequence[str]) -> list[float | Tensor]:
         """Return the rates of all groups, in their order."""
@@ -102,10 +109,11 @@ class SavedState:
         if list(saved) != list(keys):
             self.fail(f"groups in the order {list(keys)}", list(saved))
         for key, value in saved.items():
-            number = isinstance(value, (int, float)) or (
-                isinstance(value, Tensor) and value.numel() == 1
-            )
-            if not number or not 0.0 <= float(value) < math.inf:
+            if isinstance(value, Tensor) and not _holds_data(value):
+                self.fail(f"the rate of group {key!r} to hold data", _kind(value))
+            try:
+                rates.check(self._op, "state_dict", value)
+            except (TypeError, ValueError):
                 self.fail(f"the rate of group {key!r} to be a number >= 0", value)
         return list(saved.values())
 
@@ -126,6 +134,21 @@ class SavedState:
                         self.fail(f"{inner}[{i}] to be a {_sort(a)}", _sort(b))
             elif None not in (value, other) and _sort(value) != _sort(other):
                 self.fail(f"{inner} to be a {_sort(value)}", _sort(other))
+
+
+def _holds_data(value: object) -> bool:
+    """Tell whether a value is a tensor with numbers that can be read, laid out as ours are."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_meta or value.is_quantized)
+    )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor on {value.device}"
+    return type(value).__name__
 
 
 def _sort(value: object) -> str:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from lwkd import distributed
 from lwkd import groups as grouping
 from lwkd import policy as policies
-from lwkd.groups import Rate, param_groups_layerwise
+from lwkd import rates as rating
+from lwkd.base import Base
+from lwkd.groups import param_groups_layerwise
 from lwkd.layers import LayerPairs
 from lwkd.ops import checks
+from lwkd.rates import Rate, Watch
 from lwkd.saved import SavedState
 
 if TYPE_CHECKING:
@@ -43,7 +46,15 @@ class LayerwiseLR(LRScheduler):
     Call ``update(d)`` with the [L] distances whenever there are some, in any number per step (they
     are averaged by weight), then ``optimizer.step()``, then ``step()``, which alone changes rates.
     The rates belong to this scheduler: nobody else steps ``base`` or writes ``group["lr"]``, and a
-    rate that was written by someone else raises at the next ``step()``.
+    rate that was written by someone else raises at the next ``step()``. Nor does another scheduler
+    wrap this one (``SequentialLR``, ``ChainedScheduler``): it is what ``base`` is for.
+
+    Every group carries its unscaled rate and the scaled one, ``unscaled_lr`` and ``scaled_lr``, and
+    so does the optimizer's state. A second LayerwiseLR on the same optimizer, or on one restored
+    from a checkpoint without the state of its rates, starts from ``unscaled_lr`` where ``lr`` is
+    still ``scaled_lr``, so that nothing compounds there either; an ``lr`` that you have written
+    since is taken as it is. (Give it a ``base`` that leaves the rates alone when it is made: one
+    that multiplies them there and then, as LinearLR does, has written another ``lr``.)
 
     A rate that is a tensor keeps its identity and is written in place: a compiled
     ``optimizer.step`` does not recompile, and if it is on the distances' device there is no host
@@ -59,7 +70,9 @@ class LayerwiseLR(LRScheduler):
     With torch.distributed initialised (and more than one rank), ``update`` is one all-reduce:
     every rank calls it equally often, also with None (which then counts with weight 0), and all
     ranks get the same rates. A bad value on one rank is left out there; a vector of the wrong
-    shape raises on all ranks (on CUDA, elsewhere than on the guilty rank, with the next call).
+    shape raises on all ranks (on CUDA, elsewhere than on the guilty rank, with the next call), and
+    so does a rank that has left out, or repeated, an ``update`` or a ``step`` (on CUDA with the
+    next call). The first ``update`` compares layers, policy and options over the ranks, once.
 
     Args:
         optimizer: Its groups hold every trainable parameter of the pairs, and none mixes layers;
@@ -79,10 +92,10 @@ class LayerwiseLR(LRScheduler):
         process_group: The ranks to agree with; None is the default group.
 
     Raises:
-        TypeError: An optimizer, pairs, policy or base of another type.
-        ValueError: Groups that mix layers, lack a pair's parameters or carry ``lr_scale``; a pair
-            without parameters; a ``base`` of another optimizer or one that needs a metric; an
-            option out of its range.
+        TypeError: An optimizer, pairs, policy, base, option or rate of another type.
+        ValueError: Groups that mix layers, lack a pair's parameters, carry ``lr_scale`` or a rate
+            that is none; a pair without parameters, or whose module was replaced since; a ``base``
+            of another optimizer or one that needs a metric; an option out of its range.
 
     >>> import torch
     >>> from torch import nn
@@ -98,6 +111,8 @@ class LayerwiseLR(LRScheduler):
     [0.05, 0.15]
     """
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         optimizer: Optimizer,
@@ -116,17 +131,20 @@ class LayerwiseLR(LRScheduler):
     ) -> None:
         options = dict(bounds=bounds, momentum=momentum, gamma=gamma, lam=lam, tau=tau)
         self._policy_name, self._policy = policies.bind(policy, **options)  # type: ignore[arg-type]
-        self._bounds = bounds
+        self._bounds = float(bounds[0]), float(bounds[1])
         self._every = _whole("every", every, 1)
         self._warmup = _whole("warmup", warmup, 0)
         self._layer_of_group = grouping.match(optimizer, pairs)
-        _check_base(base, optimizer)
-        self._base, self._base_epoch, self._group = base, _epoch(base), process_group
+        self._base = Base(base, optimizer, LayerwiseLR)
+        self._group = distributed.checked_group(process_group, "LayerwiseLR")
         self._layers = tuple(pairs.names)
+        # What must be the same on every rank.
+        options["bounds"] = self._bounds
+        self._likeness = repr((self._layers, self._policy_name, options, every, warmup))
         self._keys = grouping.keys(optimizer, self._layers, self._layer_of_group)
-        self._titles = [group.get("name") for group in optimizer.param_groups]
         device = next(p for _, m in pairs.student_layers for p in m.parameters()).device
-        self._multipliers = torch.ones(len(self._layers), device=device)  # the last good ones
+        L = len(self._layers)
+        self._multipliers = torch.ones(L, dtype=torch.float32, device=device)  # the last good ones
         self._mean = torch.zeros_like(self._multipliers)  # of the distances since the last change
         self._weight = torch.zeros_like(self._multipliers)
         self._skipped = torch.zeros_like(self._multipliers, dtype=torch.int64)
@@ -135,11 +153,13 @@ class LayerwiseLR(LRScheduler):
         self._logged = False
         self._host: list[float] | None = None  # the multipliers in force, once they were needed
         self._verdict: distributed.Verdict | None = None
-        self._ready = False
-        _separate(optimizer)
+        self._alike = False  # the ranks have been compared
+        self._calls = 0  # collective ones since the last step
+        self._ready, self._stepping = False, False
+        self._unscaled = rating.start(optimizer)
         super().__init__(optimizer)
-        self._unscaled = _rates(optimizer)
-        self._note_written()
+        self._watch = Watch(optimizer, self._keys)
+        self._watch.note(self._unscaled, self._last_lr)
         self._ready = True
 
     @property
@@ -153,6 +173,7 @@ class LayerwiseLR(LRScheduler):
         self._log_skipped(int(self._skipped.sum()))
         return self._skipped.clone()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, d: Tensor | None, weight: float | Tensor | None = None) -> None:
         """Record distances; the rates change at the next due ``step()``.
@@ -163,9 +184,11 @@ class LayerwiseLR(LRScheduler):
                 example the number of samples: a number, or a tensor of one or [L] numbers. None: 1.
 
         Raises:
-            TypeError: Distances that are not a floating tensor.
-            ValueError: Another shape than [L]. On the other ranks: RuntimeError.
-            RuntimeError: Another rank had a bad vector, or did not call update in time.
+            TypeError: Distances that are not a floating tensor, a weight that is no number.
+            ValueError: Another shape than [L], a tensor that holds no data, a negative or infinite
+                weight. On the other ranks: RuntimeError.
+            RuntimeError: Another rank had a bad vector, did not call update in time or is at
+                another step, or has other layers, policy or options.
         """
         self._refuse(wait=True)
         together = distributed.is_active(self._group)
@@ -173,24 +196,18 @@ class LayerwiseLR(LRScheduler):
             return
         problem: Exception | None = None
         value = share = torch.zeros_like(self._mean)
+        valid = torch.ones_like(self._mean, dtype=torch.bool)
         try:
             if d is not None:
-                value, share = self._observation(d, weight)
-        except (TypeError, ValueError) as error:
+                value, share, valid = self._observation(d, weight)
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
-        valid = policies.is_valid(value) & policies.is_valid(share)
-        value, share = torch.where(valid, value, 0.0), torch.where(valid, share, 0.0)
         if together:
-            failed = problem is not None
-            pooled = distributed.pool(value, share, failed=failed, group=self._group)
-            if problem is None:
-                self._verdict = pooled.verdict
-                self._refuse(wait=False)
-            value, share = pooled.mean, pooled.weight
+            value, share = self._pooled(value, share, failed=problem is not None)
         if problem is not None:
             raise problem
         self._move(value.device)
-        self._weight += share
+        self._weight.add_(share).clamp_(max=policies.LARGEST)
         part = torch.where(self._weight > 0, share / self._weight, 0.0)
         self._mean += (value - self._mean) * part
         self._skipped += ~valid
@@ -198,42 +215,61 @@ class LayerwiseLR(LRScheduler):
         if not self._logged and self._skipped.device.type == "cpu":
             self._log_skipped(int(self._skipped.sum()))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, epoch: int | None = None) -> None:
         """Step ``base`` and set every group's rate; call it after ``optimizer.step()``.
+
+        If ``base`` or a policy raises, nothing has changed.
 
         Args:
             epoch: Only None; torch deprecates it.
 
         Raises:
-            ValueError: An epoch was given.
+            ValueError: An epoch was given; a policy returned something else than a policy does.
+            TypeError: Likewise.
             RuntimeError: Someone else wrote rates, renamed, swapped or added groups, or stepped
-                ``base``; another rank had a bad vector.
+                ``base``; another scheduler wraps this one; another rank had a bad vector, or is at
+                another step.
         """
-        if not self._ready or getattr(self, "_is_initial", False):
+        if not self._ready:
             super().step()
             return
         op = "LayerwiseLR.step"
         if epoch is not None:
             raise ValueError(checks.message(op, "epoch", "None", epoch))
-        self._check_groups(op)
-        self._check_rates(op)
+        if getattr(self, "_is_initial", False):
+            self._update_lr()  # a scheduler that wraps this one starts it anew
+        self._watch.check_groups(op)
+        self._watch.check_rates(op, self._last_lr)
         self._refuse(wait=False)
         fresh = None
         if self._recorded and (self.last_epoch + 1) % self._every == 0:
             fresh = self._recomputed()
-        self._step_base(op)
+        self._unscaled = self._base.step(op, self._unscaled)
         if fresh is not None:
             self._accept(*fresh)
         if self.last_epoch == self._warmup:
             self._host = None
-        super().step()
-        self._note_written()
+        self._calls, self._stepping = 0, True
+        try:
+            super().step()
+        finally:
+            self._stepping = False
+        self._watch.note(self._unscaled, self._last_lr)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        """Refuse what goes round `step`: torch's SequentialLR and its like call this."""
+        if self._ready and not self._stepping:
+            expected = "its own step(), and the other scheduler as base="
+            got = "a call by another scheduler, which wraps it"
+            raise RuntimeError(checks.message("LayerwiseLR.step", "base", expected, got))
+        super()._update_lr(epoch)
 
     def get_lr(self) -> list[Rate]:
         """Return unscaled rate × multiplier for each group, as copies."""
         if not self._ready:
-            return _rates(self.optimizer)
+            return rating.copies(self.optimizer)
         multipliers, scaled = self._in_force(), []
         rows = multipliers.unbind()
         for unscaled, layer in zip(self._unscaled, self._layer_of_group, strict=True):
@@ -258,8 +294,10 @@ class LayerwiseLR(LRScheduler):
             self._host = values
         return self._host
 
-    def _observation(self, d: Tensor, weight: float | Tensor | None) -> tuple[Tensor, Tensor]:
-        """Check one call's arguments; return distances and weights, both [L]."""
+    def _observation(
+        self, d: Tensor, weight: float | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Check one call's arguments; return distances, weights, and which count, all [L]."""
         op, L = "LayerwiseLR.update", len(self._layers)
         if not isinstance(d, Tensor) or not d.is_floating_point():
             got = f"{d.dtype} tensor" if isinstance(d, Tensor) else type(d).__name__
@@ -267,18 +305,55 @@ class LayerwiseLR(LRScheduler):
         if d.shape != (L,):
             expected = f"shape ({L},), one distance per pair"
             raise ValueError(checks.message(op, "d", expected, f"shape {tuple(d.shape)}"))
+        self._check_data(op, "d", d)
         value = d.to(self._mean.dtype)
+        share = self._share(op, weight, value)
+        valid = policies.is_valid(value) & policies.is_valid(share)
+        return torch.where(valid, value, 0.0), torch.where(valid, share, 0.0), valid
+
+    def _check_data(self, op: str, argument: str, x: Tensor) -> None:
+        if x.layout is not torch.strided or (x.is_meta and not self._mean.is_meta):
+            got = f"a {x.layout} tensor on {x.device}"
+            raise ValueError(checks.message(op, argument, "a dense tensor that holds data", got))
+
+    def _share(self, op: str, weight: float | Tensor | None, value: Tensor) -> Tensor:
+        """Check a weight; return it for every layer, [L]."""
+        if isinstance(weight, Tensor):
+            if weight.shape not in {(), (1,), value.shape}:
+                expected = f"a number or shape {tuple(value.shape)}"
+                got = f"shape {tuple(weight.shape)}"
+                raise ValueError(checks.message(op, "weight", expected, got))
+            if weight.is_complex():
+                raise TypeError(checks.message(op, "weight", "real numbers", weight.dtype))
+            self._check_data(op, "weight", weight)
+            return weight.to(value).expand_as(value)
         if weight is None:
-            return value, torch.ones_like(value)
-        if isinstance(weight, (int, float)):
-            return value, torch.full_like(value, weight)
-        if not isinstance(weight, Tensor):
+            weight = 1.0
+        if not policies.is_number(weight):
             got = type(weight).__name__
             raise TypeError(checks.message(op, "weight", "a number or a tensor", got))
-        if weight.shape not in {(), (1,), (L,)}:
-            got = f"shape {tuple(weight.shape)}"
-            raise ValueError(checks.message(op, "weight", f"a number or shape ({L},)", got))
-        return value, weight.to(value).expand(L)
+        if not 0.0 <= weight <= policies.LARGEST:
+            expected = f"a number in [0, {policies.LARGEST:.3g}]"
+            got = "a larger one" if weight > policies.LARGEST else f"{weight}"
+            raise ValueError(checks.message(op, "weight", expected, got))
+        return torch.full_like(value, float(weight))
+
+    def _pooled(self, value: Tensor, share: Tensor, *, failed: bool) -> tuple[Tensor, Tensor]:
+        """Average over the ranks, all of which call this, or raise on all."""
+        if not self._alike:
+            likeness = crc32(self._likeness.encode())
+            if not distributed.agree(likeness, value.device, self._group):
+                expected, got = "the same on every rank", f"others than here: {self._likeness}"
+                op, argument = "LayerwiseLR", "pairs, policy and options"
+                raise RuntimeError(checks.message(op, argument, expected, got))
+            self._alike = True
+        self._calls += 1
+        stamp = crc32(f"{self.last_epoch} {self._calls}".encode()) & 0xFFFF
+        pooled = distributed.pool(value, share, failed=failed, stamp=stamp, group=self._group)
+        if not failed:  # else this rank says itself what is wrong
+            self._verdict = pooled.verdict
+            self._refuse(wait=False)
+        return pooled.mean, pooled.weight
 
     def _recomputed(self) -> tuple[Tensor, policies.State, Tensor]:
         """Ask the policy; change nothing."""
@@ -314,62 +389,18 @@ class LayerwiseLR(LRScheduler):
             _log.warning("lwkd.LayerwiseLR: " + text, count)
 
     def _refuse(self, *, wait: bool) -> None:
-        if self._verdict is not None and self._verdict.failed(wait=wait):
-            self._verdict = None
-            expected = f"a floating tensor of shape ({len(self._layers)},) on every rank"
-            got = "something else on another rank, which says what"
-            raise RuntimeError(checks.message("LayerwiseLR.update", "d", expected, got))
-
-    # --- the optimizer -------------------------------------------------------------------------
-
-    def _step_base(self, op: str) -> None:
-        if self._base is None:
+        """Raise if it has come out that the last collective call was not one."""
+        reason = self._verdict.reason(wait=wait) if self._verdict is not None else None
+        if reason is None:
             return
-        if _epoch(self._base) != self._base_epoch:
-            expected, got = f"last_epoch {self._base_epoch}", f"{_epoch(self._base)}"
-            why = ": someone else stepped it, and LayerwiseLR does"
-            raise RuntimeError(checks.message(op, "base", expected, got + why))
-        before = _rates(self.optimizer)
-        _write(self.optimizer, self._unscaled)
-        try:
-            self._base.step()
-        except Exception:
-            _write(self.optimizer, before)
-            raise
-        self._unscaled, self._base_epoch = _rates(self.optimizer), _epoch(self._base)
-
-    def _note_written(self) -> None:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._written = [(r, r._version if isinstance(r, Tensor) else 0) for r in rates]
-
-    def _check_rates(self, op: str) -> None:
-        """Raise if a rate is not what was last written; look at values only if it was touched."""
-        groups = self.optimizer.param_groups
-        for i, (group, (written, version)) in enumerate(zip(groups, self._written, strict=True)):
-            rate, last = group["lr"], self._last_lr[i]
-            if rate is written and (not isinstance(rate, Tensor) or rate._version == version):
-                continue
-            if float(rate) != float(last):
-                expected = f"lr {float(last)} in group {self._keys[i]!r}, as last written"
-                got = f"{float(rate)}; schedule rates with base=, load both states together"
-                raise RuntimeError(checks.message(op, "optimizer", expected, got))
-            # An equal copy, from the optimizer's load_state_dict: keep the tensor that is known.
-            group["lr"] = written.copy_(rate) if isinstance(written, Tensor) else written
-
-    def _check_groups(self, op: str) -> None:
-        """Raise if groups were added, or renamed by loading another optimizer's state."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self._titles):
-            expected, got = f"{len(self._titles)} groups as at the start", f"{len(groups)}"
-            raise RuntimeError(checks.message(op, "optimizer", expected, got))
-        for i, (group, title) in enumerate(zip(groups, self._titles, strict=True)):
-            if group.get("name", title) != title:
-                expected, got = f"group {i} to be {title!r}", repr(group["name"])
-                why = ": the state of an optimizer with other groups was loaded into it"
-                raise RuntimeError(checks.message(op, "optimizer", expected, got + why))
-        for group, title in zip(groups, self._titles, strict=True):
-            if title is not None:
-                group["name"] = title  # a state without names took it away
+        self._verdict = None
+        expected = f"a floating tensor of shape ({len(self._layers)},) on every rank"
+        got = "something else on another rank, which says what"
+        if reason == "apart":
+            expected = "a call on every rank at the same step"
+            got = f"calls of different steps; this rank has made {self.last_epoch}, and since then"
+            got += f" {self._calls} update(s)"
+        raise RuntimeError(checks.message("LayerwiseLR.update", "d", expected, got))
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -393,10 +424,6 @@ class LayerwiseLR(LRScheduler):
             "skipped": self._skipped,
             **{f"policy.{key}": value for key, value in rows.items()},
         }
-        base = self._base and {
-            "kind": type(self._base).__name__,
-            "state": copy.deepcopy(self._base.state_dict()),
-        }
         return {
             "version": VERSION,
             "policy": self._policy_name,
@@ -409,9 +436,10 @@ class LayerwiseLR(LRScheduler):
             },
             "shared": {k: v.clone() for k, v in self._state.items() if k not in rows},
             "groups": dict(zip(self._keys, copy.deepcopy(self._unscaled), strict=True)),
-            "base": base,
+            "base": self._base.state_dict(),
         }
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state, bit for bit, and write the rates that it means into the optimizer.
@@ -426,7 +454,7 @@ class LayerwiseLR(LRScheduler):
             RuntimeError: The optimizer's groups are not those of the start.
         """
         op = "LayerwiseLR.load_state_dict"
-        self._check_groups(op)
+        self._watch.check_groups(op)
         saved = SavedState(op, state_dict)
         saved.expect("version", VERSION)
         saved.expect("policy", self._policy_name)
@@ -438,7 +466,7 @@ class LayerwiseLR(LRScheduler):
         shared = saved.tensors("shared", self._multipliers.device)
         vectors = saved.layers(self._layers, self._multipliers, template, policies.UNSEEN)
         unscaled = saved.groups(self._keys)
-        self._load_base(op, saved)
+        self._base.load(saved)
         # From here on nothing fails.
         self.last_epoch, self._step_count, self._recorded = last_epoch, step_count, recorded
         self._multipliers.copy_(vectors["multiplier"].clamp(*self._bounds))
@@ -446,36 +474,17 @@ class LayerwiseLR(LRScheduler):
         self._weight.copy_(vectors["weight"])
         self._skipped.copy_(vectors["skipped"])
         self._state = {k[7:]: v for k, v in vectors.items() if k.startswith("policy.")} | shared
-        self._host = self._verdict = None
-        for group, (written, _) in zip(self.optimizer.param_groups, self._written, strict=True):
-            group["lr"] = written  # the tensor that is known, if it is one
+        self._host, self._verdict, self._calls = None, None, 0
+        self._watch.put_back()
         self._unscaled = [
             torch.as_tensor(new).to(old, copy=True).view_as(old)
             if isinstance(old, Tensor)
             else float(new)
             for new, old in zip(unscaled, self._unscaled, strict=True)
         ]
-        _write(self.optimizer, self.get_lr())
-        self._last_lr = _rates(self.optimizer)
-        self._note_written()
-
-    def _load_base(self, op: str, saved: SavedState) -> None:
-        """Restore ``base`` if its saved state fits; put it back as it was if it refuses."""
-        kind = type(self._base).__name__ if self._base is not None else None
-        entry = saved.get("base", dict) if saved.get("base", object) is not None else {}
-        if entry.get("kind") != kind:
-            expected, got = f"base {kind}", f"base {entry.get('kind')}"
-            raise ValueError(checks.message(op, "state_dict", expected, got))
-        if self._base is None:
-            return
-        before = copy.deepcopy(self._base.state_dict())
-        saved.check_base(before, entry.get("state"))
-        try:
-            self._base.load_state_dict(copy.deepcopy(entry["state"]))
-        except Exception:
-            self._base.load_state_dict(before)
-            raise
-        self._base_epoch = _epoch(self._base)
+        rating.write(self.optimizer, self.get_lr())
+        self._last_lr = rating.copies(self.optimizer)
+        self._watch.note(self._unscaled, self._last_lr)
 
 
 def _whole(argument: str, value: int, least: int) -> int:
@@ -485,46 +494,3 @@ def _whole(argument: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(checks.message("LayerwiseLR", argument, f"at least {least}", value))
     return value
-
-
-def _epoch(base: LRScheduler | None) -> int | None:
-    return getattr(base, "last_epoch", None)
-
-
-def _rates(optimizer: Optimizer) -> list[Rate]:
-    """Copy every group's rate."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    return [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
-
-
-def _write(optimizer: Optimizer, rates: Sequence[Rate]) -> None:
-    """Set every group's rate, in place where it is a tensor."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].copy_(torch.as_tensor(rate))
-        else:
-            group["lr"] = rate
-
-
-def _separate(optimizer: Optimizer) -> None:
-    """Give every group its own tensor: torch puts one and the same into all."""
-    seen: set[int] = set()
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            if id(group["lr"]) in seen:
-                group["lr"] = group["lr"].detach().clone()
-            seen.add(id(group["lr"]))
-
-
-def _check_base(base: LRScheduler | None, optimizer: Optimizer) -> None:
-    if base is None:
-        return
-    op, expected = "LayerwiseLR", "a torch.optim.lr_scheduler.LRScheduler"
-    if not isinstance(base, LRScheduler):
-        raise TypeError(checks.message(op, "base", expected, type(base).__name__))
-    if isinstance(base, (ReduceLROnPlateau, LayerwiseLR)):
-        got = type(base).__name__
-        raise ValueError(checks.message(op, "base", "a scheduler that steps without a metric", got))
-    if base.optimizer is not optimizer:
-        got = f"a {type(base).__name__} of another"
-        raise ValueError(checks.message(op, "base", "a scheduler of the same optimizer", got))

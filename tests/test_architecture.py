@@ -19,12 +19,16 @@ FLOORS = [
     {"hooks"},  # which words its errors as ops does
     {"layers", "autopair", "factoring"},
     {"curvature", "policy", "losses", "distributed"},
-    {"schedule", "groups", "saved", "meters"},
+    {"schedule", "groups", "rates", "base", "saved", "meters"},
     {"study", "integrations", "plotting"},
     {"cli", "__main__"},
 ]
 # One room in several files: what a room keeps beside it for itself.
-ROOMS = {"autopair": "layers", "groups": "schedule", "saved": "schedule", "__main__": "cli"}
+ROOMS = {
+    "autopair": "layers",
+    **dict.fromkeys(("groups", "rates", "base", "saved"), "schedule"),
+    "__main__": "cli",
+}
 OUTSIDE = {"__init__", "_version", "_C", "_C_cuda"}  # public names; one number; what is built
 
 

@@ -17,7 +17,7 @@ from torch.optim import SGD
 from lwkd import distributed
 from lwkd.layers import pair_layers
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
-from tests.test_schedule import NAMES, Net, build, lrs
+from tests.test_schedule import NAMES, Net, build, lrs, make
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -80,6 +80,91 @@ def bad_vectors(rank):
     return errors, unchanged, lrs(optimizer)
 
 
+def missed(rank):
+    """Rank 1 leaves one update out, and goes on; both go on once more after the error."""
+    _, optimizer, rates = build(policy="relative", momentum=0.0)
+    optimizer.step()
+    seen, error = [], None
+    for step in range(12):
+        before = str(rates.state_dict())
+        if rank == 0 or step != 4:
+            error = attempt(rates.update, torch.tensor([1.0 + step, 3.0]))
+        if error is not None:
+            break
+        rates.step()
+        seen.append(lrs(optimizer))
+    return seen, error, str(rates.state_dict()) == before
+
+
+def repeated(rank):
+    """Rank 1 makes a step too many; then an update too many."""
+    errors = []
+    for extra in ("step", "update"):
+        _, optimizer, rates = build(momentum=0.0)
+        optimizer.step()
+        d = torch.tensor([1.0, 3.0])
+        rates.update(d)
+        if extra == "update" and rank == 1:
+            errors.append(attempt(rates.update, d))  # meets the next one of rank 0
+            continue
+        rates.step()
+        if extra == "step" and rank == 1:
+            rates.step()
+        errors.append(attempt(rates.update, d))
+    return errors
+
+
+def unlike(rank):
+    """The ranks differ in the layers' order, their number, the policy or an option."""
+    errors = []
+    for names, options in (
+        ([NAMES, NAMES[::-1]][rank], {}),
+        ([NAMES, NAMES[:1]][rank], {}),
+        (NAMES, {"policy": ["power", "ratio"][rank]}),
+        (NAMES, {"gamma": [1.0, 2.0][rank]}),
+        (NAMES, {"every": 1 + rank}),
+    ):
+        student, pairs = make(names)
+        optimizer = SGD(param_groups_layerwise(student, pairs, lr=0.1))
+        rates = LayerwiseLR(optimizer, pairs, **{"policy": "power", **options})
+        before = str(rates.state_dict())
+        errors.append(attempt(rates.update, torch.ones(len(names))))
+        assert str(rates.state_dict()) == before
+    return errors
+
+
+BAD = {
+    "huge int": lambda: (torch.ones(2), 10**39),
+    "endless int": lambda: (torch.ones(2), 10**400),
+    "huge float": lambda: (torch.ones(2), 1e300),
+    "negative": lambda: (torch.ones(2), -1.0),
+    "type": lambda: (torch.ones(2), "1"),
+    "sparse": lambda: (torch.ones(2).to_sparse(), 1.0),
+    "meta": lambda: (torch.ones(2, device="meta"), 1.0),
+    "meta weight": lambda: (torch.ones(2), torch.ones(2, device="meta")),
+}
+
+
+def bad_arguments(rank):
+    """Rank 0 has something that cannot be; afterwards both go on."""
+    _, optimizer, rates = build(momentum=0.0)
+    optimizer.step()
+    before = str(rates.state_dict())
+    good = torch.ones(2), 1.0
+    errors = {
+        k: attempt(rates.update, *(make_bad() if rank == 0 else good))
+        for k, make_bad in BAD.items()
+    }
+    unchanged = str(rates.state_dict()) == before
+    with torch.inference_mode():
+        d = torch.tensor([1.0, 3.0])
+        rates.update(d, 3e38)
+    rates.update(d, 3e38)
+    rates.load_state_dict(rates.state_dict())
+    rates.step()
+    return errors, unchanged, lrs(optimizer)
+
+
 def half(step, rank):
     torch.manual_seed(step)
     return torch.randn(8, 3).chunk(RANKS)[rank]
@@ -138,7 +223,8 @@ def absent(rank):
     return error, time.monotonic() - start, rates.multipliers
 
 
-SCENARIOS = (lockstep, bad_vectors, ddp, fsdp, absent)  # the last one breaks its process group
+SCENARIOS = (lockstep, bad_vectors, missed, repeated, unlike, bad_arguments, ddp, fsdp)
+LAST = (absent,)  # which breaks its process group
 
 
 def work(rank, folder):
@@ -150,7 +236,7 @@ def work(rank, folder):
         world_size=RANKS,
         timeout=timedelta(seconds=30),
     )
-    results = {scenario.__name__: attempt(scenario, rank) for scenario in SCENARIOS}
+    results = {scenario.__name__: attempt(scenario, rank) for scenario in (*SCENARIOS, *LAST)}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -222,6 +308,47 @@ def test_a_bad_vector_on_one_rank_raises_on_all(ranks):
     assert zero[2] == one[2] == pytest.approx([0.05, 0.15, 0.1])
 
 
+APART = "d: expected a call on every rank at the same step, got calls of different steps"
+
+
+def test_a_rank_that_misses_one_update_and_goes_on_is_noticed(ranks):
+    """Fault 20: at the next call both raise, with equal rates until then and nothing recorded."""
+    (rates, error, unchanged), (other_rates, other_error, other_unchanged) = both(ranks, "missed")
+    assert rates == other_rates[:4]
+    assert other_rates[4:] == rates[-1:]  # it has made one step more, with nothing new
+    assert error[0] == other_error[0] == "RuntimeError"
+    assert f"{APART}; this rank has made 4" in error[1]
+    assert f"{APART}; this rank has made 5" in other_error[1]
+    assert unchanged
+    assert other_unchanged
+
+
+def test_a_rank_that_does_something_twice_is_noticed(ranks):
+    for errors in both(ranks, "repeated"):
+        assert [error[0] for error in errors] == ["RuntimeError"] * 2
+        assert all(APART in error[1] for error in errors)
+
+
+def test_ranks_with_other_layers_policies_or_options_are_noticed(ranks):
+    """Before the first vectors meet, which would be summed, or of unequal length."""
+    for errors in both(ranks, "unlike"):
+        for error in errors:
+            assert error[0] == "RuntimeError"
+            assert "LayerwiseLR: pairs, policy and options: expected the same on every" in error[1]
+        assert "('block" in errors[0][1]
+
+
+def test_a_bad_argument_on_one_rank_keeps_nobody_waiting(ranks):
+    """Fault 20: whatever is wrong, both raise at once, and both go on afterwards."""
+    (errors, *after), (other_errors, *other_after) = both(ranks, "bad_arguments")
+    for name in BAD:
+        assert errors[name][0] in ("TypeError", "ValueError")
+        assert "lwkd.LayerwiseLR.update: " in errors[name][1]
+        assert other_errors[name][0] == "RuntimeError"
+        assert "something else on another rank, which says what" in other_errors[name][1]
+    assert after == other_after == [True, pytest.approx([0.05, 0.15, 0.1])]
+
+
 def reference():
     """One process on the whole batch with the mean distances."""
     student, optimizer, rates = pieces(0, lambda net: net)
@@ -272,11 +399,30 @@ def test_one_process_needs_no_collective(tmp_path):
         pooled = distributed.pool(d, torch.tensor([3.0, 0.0]))
         assert pooled.mean.tolist() == [d[0].item(), 0.0]
         assert pooled.weight.tolist() == [3.0, 0.0]
-        assert not pooled.verdict.failed()
+        assert pooled.verdict.reason() is None
         huge = distributed.pool(torch.full((2,), 3e38), torch.full((2,), 1e6))
         assert huge.mean.tolist() == torch.full((2,), 3e38).tolist()  # summed in float64
         failed = distributed.pool(d, torch.ones(2), failed=True)
-        assert failed.verdict.failed()
+        assert failed.verdict.reason() == "failed"
         assert failed.weight.tolist() == [0.0, 0.0]
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3, 1000])
+def test_stamps_of_sixteen_bits_are_told_apart_exactly(world, monkeypatch):
+    """One rank of many is one call behind: by its Σ and Σ², for small stamps and the largest."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: world)
+    for stamp in (0, 1, 12345, 65534):
+        for other in (stamp, stamp + 1, 65535):
+            stamps = [float(stamp)] * (world - 1) + [float(other)]
+            sums = torch.tensor([sum(stamps)], dtype=torch.float64)
+            squares = torch.tensor([sum(x * x for x in stamps)], dtype=torch.float64)
+            assert bool(distributed._spread(sums, squares, None) > 0) == (other != stamp)
+
+
+def test_what_is_no_process_group():
+    assert distributed.checked_group(None, "op") is None
+    for group in (3, "world", object()):
+        with pytest.raises(TypeError, match="op: process_group: expected None or a process group"):
+            distributed.checked_group(group, "op")

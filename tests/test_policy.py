@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -281,6 +282,16 @@ def test_hold():
         (dict(gamma=math.inf), ValueError, "gamma"),
         (dict(lam=math.nan), ValueError, "lam"),
         (dict(tau=0.0), ValueError, "tau: expected a positive number, got 0.0"),
+        (dict(bounds="ab"), TypeError, r"bounds: expected a pair \(low, high\), got str"),
+        (dict(bounds=None), TypeError, r"bounds: expected a pair \(low, high\), got NoneType"),
+        (dict(bounds=(True, 2.0)), TypeError, "bounds: expected 0 <= low .* got bool"),
+        (dict(bounds=(0.1, "2")), TypeError, "bounds: expected 0 <= low .* got str"),
+        (dict(bounds=(0.1, 1e300)), ValueError, "bounds: expected 0 <= low"),
+        (dict(momentum="x"), TypeError, r"momentum: expected a number in \[0, 1\), got str"),
+        (dict(gamma=None), TypeError, "gamma: expected a finite number, got NoneType"),
+        (dict(gamma=10**400), ValueError, "gamma: expected a finite number, got 1000"),
+        (dict(lam="1"), TypeError, "lam: expected a finite number, got str"),
+        (dict(tau=torch.ones(())), TypeError, "tau: expected a positive number, got Tensor"),
     ],
 )
 def test_errors(options, error, text):
@@ -292,3 +303,35 @@ def test_custom_policy_of_the_wrong_shape():
     _, function = policy.bind(lambda d, state: (d.sum(), state))
     with pytest.raises(ValueError, match=r"policy: expected multipliers of shape \(2,\), got"):
         function(torch.ones(2), {})
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "text"),
+    [
+        (None, TypeError, r"a pair \(multipliers, state\), got NoneType"),
+        (torch.ones(2), TypeError, r"a pair \(multipliers, state\), got Tensor"),
+        ((torch.ones(2),), TypeError, r"a pair \(multipliers, state\), got 1 of them"),
+        (([1.0, 1.0], {}), ValueError, r"multipliers of shape \(2,\), got list"),
+        ((torch.ones(2) + 1j, {}), TypeError, "real multipliers, got torch.complex64"),
+        ((torch.ones(2), None), TypeError, "a state that is a dict of tensors, got NoneType"),
+        ((torch.ones(2), {"n": 1}), TypeError, "a state of tensors by name, .* int at 'n'"),
+        ((torch.ones(2), {1: torch.ones(2)}), TypeError, "a state of tensors by name"),
+        ((torch.ones(2), {"last_valid": torch.ones(2)}), TypeError, ".*'last_valid' being taken"),
+        (
+            (torch.ones(2), {"h": torch.ones(4)}),
+            ValueError,
+            r"state 'h' of shape \(3,\), .*shape \(4,\)",
+        ),
+    ],
+)
+def test_custom_policy_that_returns_something_else(result, error, text):
+    _, function = policy.bind(lambda d, state: result)
+    with pytest.raises(error, match="LayerwiseLR: policy: expected " + text):
+        function(torch.ones(2), {"h": torch.ones(3)})
+
+
+@pytest.mark.parametrize("name", [*NAMES, policy.power])
+def test_a_bound_policy_can_be_pickled(name):
+    _, function = policy.bind(name, momentum=0.5)
+    d = torch.tensor([1.0, 3.0])
+    assert torch.equal(pickle.loads(pickle.dumps(function))(d, {})[0], function(d, {})[0])

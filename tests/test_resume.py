@@ -3,9 +3,11 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW
 
 from lwkd.layers import pair_layers
@@ -174,6 +176,23 @@ def test_tensor_rates_keep_their_identity_over_a_resume():
             assert group["lr"] is tensor
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_through_the_state_of_a_distributed_checkpoint(tensor):
+    """It keys groups by their parameters' names, and keeps every key of a group or raises."""
+    options = dict(lr=torch.tensor(0.1) if tensor else 0.1, base=BASES["StepLR"])
+    whole = build(make_optimizer=momentum_sgd, **options)
+    advance(*whole, range(5))
+    model, optimizer = get_state_dict(*whole[:2])
+    saved = through_a_file([copy.deepcopy(model), copy.deepcopy(optimizer), whole[2].state_dict()])
+    resumed = build(make_optimizer=momentum_sgd, **options)
+    get_state_dict(*resumed[:2])
+    set_state_dict(*resumed[:2], model_state_dict=saved[0], optim_state_dict=saved[1])
+    resumed[2].load_state_dict(saved[2])
+    assert lrs(resumed[1]) == lrs(whole[1])
+    seen = [advance(*part, range(5, 12)) for part in (whole, resumed)]
+    assert seen[0] == seen[1]
+
+
 def test_pairs_in_another_order_find_their_layers():
     student, optimizer, rates = build()
     advance(student, optimizer, rates, range(4))
@@ -305,9 +324,11 @@ def drop(*path):
 T = torch.tensor
 HOSTILE = {
     "version": (put("version", 2), "version 1, got 2"),
+    "version bool": (put("version", True), "version 1, got True"),
     "version type": (put("version", "1"), "'version' to be a int, got str"),
     "policy": (put("policy", "ratio"), "policy 'power', got 'ratio'"),
     "last_epoch": (put("last_epoch", -1), "'last_epoch' to be a number >= 0"),
+    "endless last_epoch": (put("last_epoch", 10**30), "'last_epoch' to be a number >= 0 of 63"),
     "step_count": (put("step_count", True), "'step_count' to be a number >= 0"),
     "recorded": (put("recorded", None), "'recorded' to be a bool"),
     "no layers": (drop("layers"), "expected the key 'layers'"),
@@ -324,6 +345,20 @@ HOSTILE = {
     "not a tensor": (put("layers", "block1", "weight", 1.0), "a dict of tensors"),
     "shape": (put("layers", "block2", "multiplier", torch.ones(2)), "'multiplier' of shape"),
     "NaN multiplier": (put("layers", "block2", "multiplier", T(math.nan)), "'multiplier' finite"),
+    "complex multiplier": (put("layers", "block2", "multiplier", T(1j)), "'multiplier' to be flo"),
+    "bool multiplier": (put("layers", "block2", "multiplier", T(True)), "'multiplier' to be float"),
+    "whole distance": (put("layers", "block2", "distance", T(1)), "'distance' to be floating"),
+    "bool skipped": (put("layers", "block2", "skipped", T(True)), "'skipped' to be whole, got tor"),
+    "half skipped": (put("layers", "block2", "skipped", T(0.5)), "'skipped' to be whole, got torc"),
+    "complex state": (put("layers", "block2", "policy.d", T(1j)), "'policy.d' to be floating"),
+    "no data": (
+        put("layers", "block2", "weight", T(1.0).to("meta")),
+        "a dict of tensors that hold",
+    ),
+    "sparse": (
+        put("layers", "block2", "weight", T([1.0]).to_sparse()),
+        "a dict of tensors that ho",
+    ),
     "negative weight": (put("layers", "block2", "weight", T(-1.0)), "'weight' finite, at least"),
     "infinite state": (put("layers", "block2", "policy.d", T(math.inf)), "'policy.d' finite"),
     "shared": (put("shared", {"d": T(1.0)}), r"shared .*unknown \['d'\]"),
@@ -331,6 +366,10 @@ HOSTILE = {
     "missing group": (drop("groups", "rest"), r"groups .* missing \['rest'\]"),
     "negative rate": (put("groups", "rest", -0.1), "rate of group 'rest'"),
     "NaN rate": (put("groups", "rest", math.nan), "rate of group 'rest'"),
+    "complex rate": (put("groups", "rest", T(1j)), "rate of group 'rest'"),
+    "whole rate": (put("groups", "rest", T(1)), "rate of group 'rest'"),
+    "bool rate": (put("groups", "rest", True), "rate of group 'rest'"),
+    "rate without data": (put("groups", "rest", T(0.1).to("meta")), "rate of group 'rest' to hold"),
     "rate type": (put("groups", "rest", "0.1"), "rate of group 'rest'"),
     "no base": (put("base", None), "expected base SequentialLR, got base None"),
     "other base": (put("base", "kind", "StepLR"), "expected base SequentialLR, got base StepLR"),
@@ -391,6 +430,35 @@ def test_a_pickled_payload_is_not_run():
     assert flat(through_a_file(state)) == flat(state)
     with pytest.raises(Exception, match=r"[Uu]nsupported|weights_only|Weights only"):
         through_a_file({**state, "extra": Payload()})
+
+
+def corrupted(data: bytes) -> dict[str, bytes]:
+    """Cut at every sort of place, and with a header that promises far more than there is."""
+    cuts = {0, 1, 4, 30, len(data) // 3, len(data) // 2, len(data) - 22, len(data) - 1}
+    files = {f"cut at {cut}": data[:cut] for cut in sorted(cuts)}
+    directory, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x06\x06")
+    for name, at, size in (("entry", directory + 20, 8), ("directory", end + 24, 24)):
+        files[f"huge {name}"] = data[:at] + b"\xfe" * size + data[at + size :]
+    return files
+
+
+def test_a_file_that_was_cut_or_lies_about_its_size_changes_nothing():
+    """Fault 25: it raises before anything is touched."""
+    run = build(0.1, momentum_sgd, BASES["SequentialLR"])
+    advance(*run, range(3))
+    file = io.BytesIO()
+    torch.save(run[2].state_dict(), file)
+    before, rates = flat(run[2].state_dict()), lrs(run[1])
+    refused, files = [], corrupted(file.getvalue())
+    for name, data in files.items():
+        try:
+            run[2].load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            refused.append(name)
+        assert flat(run[2].state_dict()) == before
+        assert lrs(run[1]) == rates
+    assert refused == list(files)
+    advance(*run, range(3, 5))
 
 
 def test_other_pairs_are_named():

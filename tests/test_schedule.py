@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import logging
 import math
+import os
+import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from torch.optim import SGD, AdamW, lr_scheduler, swa_utils
 
 from lwkd import policy
 from lwkd.layers import LayerPairs, pair_layers
+from lwkd.meters import AttentionMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 NAMES = ["block1", "block2"]
@@ -136,10 +142,77 @@ def test_group_errors():
         param_groups_layerwise(student, NAMES, lr=0.1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no_weight_decay_list: expected a collection of names"):
         param_groups_layerwise(student, pairs, lr=0.1, no_weight_decay_list="head.weight")
-    with pytest.raises(ValueError, match="lr: expected a number >= 0, got -1"):
-        param_groups_layerwise(student, pairs, lr=-1.0)
     with pytest.raises(ValueError, match="weight_decay: expected a number >= 0, got nan"):
         param_groups_layerwise(student, pairs, lr=1.0, weight_decay=math.nan)
+    with pytest.raises(TypeError, match="weight_decay: expected a number >= 0, got str"):
+        param_groups_layerwise(student, pairs, lr=1.0, weight_decay="0.1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "text"),
+    [
+        (-1.0, ValueError, "a number >= 0, got -1.0"),
+        (math.nan, ValueError, "a number >= 0, got nan"),
+        (math.inf, ValueError, "a number >= 0, got inf"),
+        ("0.1", TypeError, "a number >= 0, got str"),
+        (None, TypeError, "a number >= 0, got NoneType"),
+        (True, TypeError, "a number >= 0, got bool"),
+        (torch.tensor(1), TypeError, "a floating tensor of one number >= 0, got torch.int64"),
+        (torch.ones(2), ValueError, r"a floating tensor of one number >= 0, got shape \(2,\)"),
+        (torch.tensor(-1.0), ValueError, "a floating tensor of one number >= 0, got -1.0"),
+        (torch.tensor(math.nan), ValueError, "a floating tensor of one number >= 0, got nan"),
+    ],
+)
+def test_rates_that_are_none(lr, error, text):
+    student, pairs = make()
+    with pytest.raises(error, match="param_groups_layerwise: lr: expected " + text):
+        param_groups_layerwise(student, pairs, lr=lr)
+    optimizer = SGD(param_groups_layerwise(student, pairs, lr=0.1))
+    optimizer.param_groups[1]["lr"] = lr
+    with pytest.raises(error, match=f"optimizer: expected {text} as 'lr' in group 'block2'"):
+        LayerwiseLR(optimizer, pairs)
+    optimizer.param_groups[1].update(lr=0.1, unscaled_lr=lr, scaled_lr=0.1)
+    with pytest.raises(error, match=f"{text} as 'unscaled_lr' in group 'block2'"):
+        LayerwiseLR(optimizer, pairs)
+    assert "initial_lr" not in optimizer.param_groups[0]
+
+
+def test_names_without_weight_decay():
+    student, pairs = make()
+    student.head.weight = student.stem.tied = nn.Parameter(torch.ones(2, 4))
+    for network in (student, nn.DataParallel(student), torch.compile(student, backend="eager")):
+        for name in ("head.weight", "stem.tied", "module.head.weight", "_orig_mod.stem.tied"):
+            groups = param_groups_layerwise(
+                network, pairs, lr=0.1, weight_decay=0.1, no_weight_decay_list=[name]
+            )
+            bare = [p for g in groups if g["weight_decay"] == 0 for p in g["params"]]
+            assert any(p is student.head.weight for p in bare)
+    for name, close in (("head.wieght", "head.weight"), ("module.stem.weigt", "stem.weight")):
+        text = rf"no_weight_decay_list: expected names of parameters, got '{name}'; .*'{close}'"
+        with pytest.raises(ValueError, match=text):
+            param_groups_layerwise(student, pairs, lr=0.1, no_weight_decay_list=[name])
+
+
+def test_a_layer_that_was_replaced_after_pairing():
+    student, pairs = make()
+    optimizer = SGD(param_groups_layerwise(student, pairs, lr=0.1))
+    student.block1 = nn.Sequential(nn.Linear(4, 4))
+    text = r"pairs \(layer 'block1'\): expected the module that was paired, .*since pair_layers"
+    with pytest.raises(ValueError, match=text):
+        param_groups_layerwise(student, pairs, lr=0.1)
+    with pytest.raises(ValueError, match=text):
+        LayerwiseLR(optimizer, pairs)
+
+
+def test_the_rest_may_be_trained_by_another_optimizer():
+    student, pairs = make()
+    *paired, _ = param_groups_layerwise(student, pairs, lr=1.0)
+    optimizer = SGD(paired)
+    rates = LayerwiseLR(optimizer, pairs, policy="power", momentum=0.0)
+    train(student, optimizer)
+    rates.update(torch.tensor([1.0, 3.0]))
+    rates.step()
+    assert lrs(optimizer) == pytest.approx([0.5, 1.5])
 
 
 # --- rates -------------------------------------------------------------------------------------
@@ -197,6 +270,50 @@ def test_the_optimizer_uses_them():
 
 
 @pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("base", [None, "CosineAnnealingLR", "LambdaLR"])
+def test_a_second_scheduler_starts_from_the_unscaled_rates(tensor, base):
+    student, pairs = make()
+    lr = torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1
+    optimizer = SGD(param_groups_layerwise(student, pairs, lr=lr))
+    for _ in range(3):
+        schedule = base and BASES[base](optimizer)
+        rates = LayerwiseLR(optimizer, pairs, policy="power", base=schedule, momentum=0.0)
+        unscaled = lrs(optimizer)
+        assert unscaled == pytest.approx([unscaled[2]] * 3, rel=1e-12)
+        assert base or unscaled == [0.1] * 3
+        for _ in range(2):
+            train(student, optimizer)
+            rates.update(torch.tensor([1.0, 3.0]))
+            rates.step()
+        rest = lrs(optimizer)[2]
+        assert lrs(optimizer) == pytest.approx([0.5 * rest, 1.5 * rest, rest], rel=1e-6)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.7) if tensor else 0.7  # written by the user
+    LayerwiseLR(optimizer, pairs)
+    assert lrs(optimizer) == pytest.approx([0.7, rest, rest], rel=1e-6)
+
+
+def test_the_optimizers_state_carries_the_unscaled_rates():
+    """A checkpoint without the state of the rates: what it scaled is not scaled again."""
+    student, pairs = make()
+    state = None
+    for _ in range(3):
+        optimizer = SGD(param_groups_layerwise(student, pairs, lr=0.1))
+        if state:
+            optimizer.load_state_dict(state)
+        rates = LayerwiseLR(optimizer, pairs, policy="power", momentum=0.0)
+        train(student, optimizer)
+        rates.update(torch.tensor([1.0, 3.0]))
+        rates.step()
+        assert lrs(optimizer) == pytest.approx([0.05, 0.15, 0.1])
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        kept = [(g["unscaled_lr"], g["scaled_lr"]) for g in state["param_groups"]]
+        assert kept == [(0.1, lr) for lr in lrs(optimizer)]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
 def test_every_and_warmup(tensor):
     lr = torch.tensor(1.0) if tensor else 1.0
     student, optimizer, rates = build(lr, every=3, warmup=4, momentum=0.0)
@@ -244,6 +361,58 @@ def test_custom_policy():
         rates.update(torch.tensor([0.02, 0.5]))
         rates.step()
     assert lrs(optimizer) == pytest.approx([2.0, 3.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda d, state: None,
+        lambda d, state: (d, None),
+        lambda d, state: (d, {"n": 1}),
+        lambda d, state: (d, {"h": torch.cat([state.get("h", d[:0]), d])}),
+    ],
+)
+def test_a_policy_that_returns_something_else_changes_nothing(broken):
+    calls = []
+
+    def policy_(d, state):
+        calls.append(d)
+        return (d, {"h": d}) if len(calls) < 3 else broken(d, state)
+
+    student, optimizer, rates = build(1.0, policy=policy_, base=BASES["StepLR"])
+    for _ in range(2):
+        train(student, optimizer)
+        rates.update(torch.tensor([0.5, 2.0]))
+        rates.step()
+    train(student, optimizer)
+    rates.update(torch.tensor([0.25, 4.0]))
+    before = str(rates.state_dict()), lrs(optimizer)
+    with pytest.raises((TypeError, ValueError), match="LayerwiseLR: policy: expected"):
+        rates.step()
+    assert (str(rates.state_dict()), lrs(optimizer)) == before
+    calls.clear()
+    rates.step()
+    assert lrs(optimizer) == [0.125, 2.0, 0.5]
+
+
+def test_a_copy_goes_on_like_the_original():
+    """Pickled, or copied together with its optimizer: it shares nothing with the first."""
+    for copied in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        for options in ({"lr": torch.tensor(0.1), "base": BASES["SequentialLR"]}, {"policy": None}):
+            student, optimizer, rates = build(**options)
+            train(student, optimizer)
+            rates.update(torch.tensor([1.0, 3.0]))
+            rates.step()
+            again = copied(rates)
+            assert again.optimizer is not optimizer
+            for one in (rates, again):
+                one.update(torch.tensor([0.5, 3.0]))
+                one.step()
+            assert lrs(again.optimizer) == lrs(optimizer)
+            assert str(again.state_dict()) == str(rates.state_dict())
+            train(student, optimizer)
+            rates.step()
+            assert again.last_epoch == rates.last_epoch - 1
 
 
 # --- base schedulers ---------------------------------------------------------------------------
@@ -316,6 +485,61 @@ def test_a_base_that_raises_leaves_the_rates():
     assert rates.last_epoch == 2
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_base_that_raises_is_as_it_was(tensor, nested):
+    """Its epoch too, so that the next step goes through as if nothing had been."""
+    broken = []
+
+    def factor(epoch):
+        if broken:
+            raise ZeroDivisionError("no factor")
+        return 0.5**epoch
+
+    def schedule(optimizer):
+        inner = lr_scheduler.LambdaLR(optimizer, factor)
+        return lr_scheduler.SequentialLR(optimizer, [inner], []) if nested else inner
+
+    lr = torch.tensor(1.0) if tensor else 1.0
+    runs = [build(lr, base=schedule, momentum=0.0) for _ in range(2)]
+    for i in range(4):
+        for student, optimizer, rates in runs:
+            train(student, optimizer)
+            rates.update(torch.tensor([1.0 + i, 3.0]))
+        if i == 2:
+            _, optimizer, rates = runs[0]
+            before = str(rates.state_dict()), lrs(optimizer)
+            broken.append(True)
+            with pytest.raises(ZeroDivisionError, match="no factor"):
+                rates.step()
+            broken.clear()
+            assert (str(rates.state_dict()), lrs(optimizer)) == before
+        for _, _, rates in runs:
+            rates.step()
+        assert lrs(runs[0][1]) == lrs(runs[1][1])
+    assert lrs(runs[0][1])[2] == 0.5**4
+
+
+def test_schedulers_that_wrap_this_one_are_refused():
+    """They go round step(): the multiplier would never come off again."""
+    text = "step: base: expected its own step\\(\\), and the other scheduler as base="
+    student, optimizer, rates = build()
+    with pytest.raises(RuntimeError, match=text):
+        lr_scheduler.SequentialLR(optimizer, [rates, BASES["StepLR"](optimizer)], [2])
+    student, optimizer, rates = build()
+    wrapper = lr_scheduler.SequentialLR(optimizer, [BASES["StepLR"](optimizer), rates], [2])
+    train(student, optimizer)
+    wrapper.step()
+    with pytest.raises(RuntimeError, match=text):
+        wrapper.step()
+    student, optimizer, rates = build()
+    wrapper = lr_scheduler.ChainedScheduler([rates, BASES["ExponentialLR"](optimizer)])
+    train(student, optimizer)
+    wrapper.step()
+    with pytest.raises(RuntimeError, match="schedule rates with base="):
+        wrapper.step()
+
+
 def test_base_errors():
     student, pairs = make()
     optimizer = SGD(param_groups_layerwise(student, pairs, lr=0.1))
@@ -361,6 +585,47 @@ def test_tensor_rates_do_what_float_rates_do_in_place(name):
     assert lrs(twins[0][1]) == pytest.approx(lrs(twins[1][1]), rel=1e-6)
     for p, q in zip(twins[0][0].parameters(), twins[1][0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_tensor_rates_keep_their_identity_under_a_base():
+    student, optimizer, rates = build(torch.tensor(0.1), AdamW, BASES["CosineAnnealingLR"])
+    tensors = [group["lr"] for group in optimizer.param_groups]
+    addresses = [lr.data_ptr() for lr in tensors]
+    for step in range(3):
+        train(student, optimizer)
+        rates.update(torch.tensor([1.0 + step, 2.0]))
+        rates.step()
+        for group, tensor in zip(optimizer.param_groups, tensors, strict=True):
+            assert group["lr"] is tensor
+    assert [lr.data_ptr() for lr in tensors] == addresses
+
+
+@pytest.mark.parametrize("built_inside", [False, True])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_inference_mode_leaves_nothing_that_later_steps_cannot_write(tensor, built_inside):
+    def run(mode):
+        torch.manual_seed(0)
+        with torch.inference_mode(mode and built_inside):
+            lr = torch.tensor(0.1) if tensor else 0.1
+            _, optimizer, rates = build(lr, base=BASES["StepLR"], policy=average)
+        optimizer.step()
+        d = torch.tensor([1.0, 3.0])
+        with torch.inference_mode(mode):
+            rates.update(d * 2, weight=torch.tensor(2.0))
+            rates.step()
+            rates.load_state_dict(rates.state_dict())
+            computed = d * 3
+        for _ in range(3):
+            rates.update(computed, weight=computed)
+            rates.step()
+        rates.load_state_dict(rates.state_dict())
+        return lrs(optimizer), str(rates.state_dict())
+
+    def average(d, state):
+        mean = 0.5 * (state.get("mean", d) + d)
+        return mean, {"mean": mean}
+
+    assert run(True) == run(False)
 
 
 def test_one_tensor_shared_by_all_groups_is_separated():
@@ -487,7 +752,8 @@ def test_bad_weights_and_bad_multipliers_are_counted():
         return torch.where(d > 1, math.nan, d), state
 
     student, optimizer, rates = build(1.0, policy=broken)
-    for d, weight in (([0.5, 0.5], 1.0), ([0.75, 2.0], 1.0), ([0.9, 0.9], math.nan)):
+    nan = torch.tensor(math.nan)
+    for d, weight in (([0.5, 0.5], 1.0), ([0.75, 2.0], 1.0), ([0.9, 0.9], nan)):
         train(student, optimizer)
         rates.update(torch.tensor(d), weight)
         rates.step()
@@ -507,10 +773,59 @@ def test_update_errors_change_nothing():
         ([1.0, 2.0], None, TypeError, "d: expected a floating tensor, got list"),
         (torch.ones(2), torch.ones(3), ValueError, r"weight: .* got shape \(3,\)"),
         (torch.ones(2), "2", TypeError, "weight: expected a number or a tensor, got str"),
+        (torch.ones(2), True, TypeError, "weight: expected a number or a tensor, got bool"),
+        (
+            torch.ones(2),
+            torch.ones(2) + 1j,
+            TypeError,
+            "weight: expected real numbers",
+        ),
+        (
+            torch.ones(2),
+            10**39,
+            ValueError,
+            r"weight: expected a number in \[0, 3.4e\+38\]",
+        ),
+        (
+            torch.ones(2),
+            10**400,
+            ValueError,
+            r"weight: expected a number in \[0, 3.4e\+38\]",
+        ),
+        (torch.ones(2), 1e300, ValueError, "weight: expected .* got a larger one"),
+        (torch.ones(2), -1, ValueError, "weight: expected .* got -1"),
+        (torch.ones(2), math.nan, ValueError, "weight: expected .* got nan"),
+        (torch.ones(2).to_sparse(), None, ValueError, "d: expected a dense tensor that holds data"),
+        (
+            torch.ones(2, device="meta"),
+            None,
+            ValueError,
+            "d: expected .* tensor on meta",
+        ),
+        (torch.ones(2), torch.ones(2).to_sparse(), ValueError, "weight: expected a dense tensor"),
+        (
+            torch.ones(2),
+            torch.ones(2, device="meta"),
+            ValueError,
+            "weight: expected a dense tensor",
+        ),
     ):
         with pytest.raises(error, match=text):
             rates.update(d, weight)
-    assert str(rates.state_dict()) == str(before)
+        assert str(rates.state_dict()) == str(before)
+    rates.update(torch.tensor([1.0, 3.0]))
+    rates.step()
+    assert lrs(optimizer) == pytest.approx([0.05, 0.15, 0.1])
+
+
+def test_the_weights_of_one_step_may_pass_the_largest_float():
+    _, optimizer, rates = build(momentum=0.0)
+    optimizer.step()
+    for _ in range(2):
+        rates.update(torch.tensor([1.0, 3.0]), weight=3e38)
+    rates.load_state_dict(rates.state_dict())
+    rates.step()
+    assert lrs(optimizer) == pytest.approx([0.05, 0.15, 0.1])
 
 
 # --- the optimizer's side ----------------------------------------------------------------------
@@ -541,6 +856,11 @@ def test_matching_errors():
         (dict(warmup=-1), ValueError, "warmup: expected at least 0, got -1"),
         (dict(every=1.5), TypeError, "every: expected an int, got float"),
         (dict(policy="rato"), ValueError, "did you mean 'ratio'"),
+        (
+            dict(process_group=3),
+            TypeError,
+            "process_group: .* a process group .* int",
+        ),
     ):
         optimizer = SGD(groups())
         with pytest.raises(error, match=text):
@@ -626,6 +946,36 @@ def test_ten_thousand_updates_leave_nothing_behind(tensor):
         if i == 100:
             before = live_tensors()
     assert live_tensors() == before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_a_whole_training_loop_does_not_grow():
+    """Fault 18: meter, update and step; under 1 MiB more between step 100 and step 3,000."""
+    student, pairs = make()
+    optimizer = momentum_sgd(param_groups_layerwise(student, pairs, lr=0.01))
+    rates = LayerwiseLR(optimizer, pairs, base=BASES["CosineAnnealingLR"](optimizer))
+    meter = AttentionMeter(pairs, channel_dim=1)
+    x = torch.randn(5, 6, 3)
+    for i in range(3000):
+        with meter:
+            with torch.no_grad():
+                pairs.teacher(x)
+            loss = student(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.update(meter.discrepancy())
+        rates.step()
+        if i == 100:
+            gc.collect()
+            before, tensors = resident(), live_tensors()
+    assert live_tensors() == tensors
+    assert resident() - before < 2**20
+    assert rates.multipliers.ne(1).any()
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
