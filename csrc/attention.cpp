@@ -239,8 +239,8 @@ void forward(const std::vector<Layer>& layers, const std::vector<Mask>& masks, A
       if (!same_space(x, layer.space)) raw = at, at += samples * x.positions();
       return MapJob<A>{Source(x), choose_map(x.dtype, sizeof(A) == 8, o.p), raw, pooled};
     };
-    jobs.push_back({{map_job(0), map_job(1)}, layer.space, layer.cells, &masks[l],
-                    each.get() + l * samples});
+    jobs.push_back(
+        {{map_job(0), map_job(1)}, layer.space, layer.cells, &masks[l], each.get() + l * samples});
   }
   run_pairs(jobs, o);
   for (size_t l = 0; l < layers.size(); ++l) {
@@ -258,6 +258,8 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
                                      std::vector<int64_t> teacher_layout, double p,
                                      int64_t divergence, double beta, bool mean) {
   const auto layers = read_layers(student, teacher, student_layout, teacher_layout);
+  for (size_t l = 0; l < layers.size(); ++l)
+    check_mask(mask, l, layers[l].side[0].n, layers[l].space);
   const int64_t samples = layers[0].side[0].n, count = layers.size();
   const bool wide = any_double(student) || any_double(teacher);
   const Options options{p, divergence == 1, beta, mean};
@@ -279,6 +281,9 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
 
 std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> channel_dims,
                                    double p) {
+  STD_TORCH_CHECK(xs.size() == channel_dims.size(),
+                  "lwkd.ops: attention_maps: channel_dims: ", "expected one a tensor, got ",
+                  channel_dims.size());
   std::vector<Tensor> out;
   std::vector<Operand> operands;
   for (size_t i = 0; i < xs.size(); ++i) {
@@ -412,10 +417,9 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
                                        std::vector<int64_t> layers, std::vector<int64_t> sides,
                                        std::vector<int64_t> layout, std::vector<int64_t> space,
                                        double p, int64_t divergence, double beta) {
+  check_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
   const int64_t count = space.size() / 3, samples = xs[0].size(0);
   const bool wide = maps.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(grad.scalar_type() == maps.scalar_type(),
-                  "lwkd: attention_backward: grad must have the dtype of maps");
   const auto masks = read_masks(mask, count);
   const Options options{p, divergence == 1, beta, grad.dim() == 1};
   std::vector<Tensor> out;

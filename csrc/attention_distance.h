@@ -47,7 +47,8 @@ LWKD_INLINE double f_of(double u) {
 // How one side's map becomes q (l2) or P (js): value = m · scale + shift.
 struct Normal {
   double scale, shift;
-  double norm;  // l2: ‖m‖; js: Σm
+  double norm;      // l2: ‖m‖; js: Σm
+  double lift = 1;  // js: a power of two that keeps 1 / Σm finite where Σm is denormal
 };
 
 template <typename A>
@@ -63,7 +64,8 @@ template <typename A>
 LWKD_INLINE Normal normal_js(const A* m, int64_t cells, int64_t kept) {
   const double total = sum_terms(cells, [&](int64_t q) LWKD_LAMBDA { return double(m[q]); });
   if (total == 0) return {0, kept > 0 ? 1.0 / double(kept) : 0, 0};
-  return {1 / total, 0, total};
+  const double lift = total < 0x1p-1000 ? 0x1p200 : 1;
+  return {1 / (total * lift), 0, total, lift};
 }
 
 template <typename A>
@@ -78,7 +80,7 @@ LWKD_INLINE double distance_l2(const A* s, const A* t, int64_t cells) {
 // `keep`: one byte a position, or null where all count.
 template <typename A>
 LWKD_INLINE double share(const Normal& n, const A* m, const uint8_t* keep, int64_t q) {
-  return keep != nullptr && keep[q] == 0 ? 0.0 : m[q] * n.scale + n.shift;
+  return keep != nullptr && keep[q] == 0 ? 0.0 : m[q] * n.lift * n.scale + n.shift;
 }
 
 template <typename A>

@@ -4,6 +4,7 @@
 
 #include "lanes.h"
 #include "operand.h"
+#include "schedule.h"
 
 namespace lwkd {
 
@@ -66,43 +67,60 @@ struct Source : Operand {
   explicit Source(const Operand& o) : Operand(o), runs(o), order(order_of(runs, o.stride_c, o.c)) {}
 };
 
-// --- positions side by side: eight channels a pass, the map stays in L1 --------------------------
+// --- positions side by side ----------------------------------------------------------------------
 
-// `kAdd`: to what the map already holds.
-template <bool kAdd, typename T, typename A, typename P>
-LWKD_INLINE void add_eight(A* map, const T* x, int64_t stride_c, int64_t count, P p) {
+// Channels that are summed before they are added to the map: the depth of roundings is then
+// kGroup + C / kGroup, and not C.
+constexpr int64_t kGroup = 64;
+constexpr int64_t kAhead = 4096;  // bytes: one stream, read so far ahead, is as fast as memory
+constexpr int64_t kLong = 1024;   // positions from which rows are read four at once
+
+template <int kElements, typename T>
+LWKD_INLINE void read_ahead(const T* row) {
+  const char* ahead = reinterpret_cast<const char*>(row) + kAhead;
+  for (size_t line = 0; line < kElements * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+}
+
+// Up to 8 vectors of positions stay in registers while all channels go by. The last vector reaches
+// back over the one before it where `count` is no multiple, so that there is no tail. `kSets`
+// accumulators a position take turns, or the additions would wait for each other.
+template <int kVectors, typename T, typename A, typename P>
+LWKD_INLINE void sum_few(A* map, const T* x, int64_t stride_c, int64_t channels, int64_t count,
+                         P p) {
   using Vector = typename Lanes<A>::Vector;
-  constexpr int kCount = Lanes<A>::kCount;
-  const T* const r[8] = {x,
-                         x + stride_c,
-                         x + 2 * stride_c,
-                         x + 3 * stride_c,
-                         x + 4 * stride_c,
-                         x + 5 * stride_c,
-                         x + 6 * stride_c,
-                         x + 7 * stride_c};
-  int64_t q = 0;
-  for (; q + kCount <= count; q += kCount) {
-    const Vector a = power(load(r[0] + q), p) + power(load(r[1] + q), p);
-    const Vector b = power(load(r[2] + q), p) + power(load(r[3] + q), p);
-    const Vector c = power(load(r[4] + q), p) + power(load(r[5] + q), p);
-    const Vector d = power(load(r[6] + q), p) + power(load(r[7] + q), p);
-    const Vector sum = (a + b) + (c + d);
-    store(kAdd ? load(map + q) + sum : sum, map + q);
-  }
-  for (; q < count; ++q) {
-    A v[8];
-    for (int k = 0; k < 8; ++k) v[k] = power(widen(r[k][q]), p);
-    const A sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-    map[q] = kAdd ? map[q] + sum : sum;
+  constexpr int kCount = Lanes<A>::kCount, kSets = 8 / kVectors < 4 ? 8 / kVectors : 4;
+  int64_t at[kVectors];
+  for (int v = 0; v < kVectors; ++v) at[v] = std::min<int64_t>(v * kCount, count - kCount);
+  for (int64_t begin = 0; begin < channels; begin += kGroup) {
+    const int64_t end = std::min(begin + kGroup, channels);
+    Vector sum[kSets][kVectors] = {};
+    int64_t c = begin;
+    for (; c + kSets <= end; c += kSets)
+      for (int k = 0; k < kSets; ++k) {
+        const T* row = x + (c + k) * stride_c;
+        read_ahead<kVectors * kCount>(row);
+        for (int v = 0; v < kVectors; ++v) sum[k][v] += power(load(row + at[v]), p);
+      }
+    for (; c < end; ++c)
+      for (int v = 0; v < kVectors; ++v) sum[0][v] += power(load(x + c * stride_c + at[v]), p);
+    for (int half = kSets / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k)
+        for (int v = 0; v < kVectors; ++v) sum[k][v] += sum[k + half][v];
+    // All are read before any is written: two vectors may share positions.
+    for (int v = 0; v < kVectors && begin > 0; ++v) sum[0][v] += load(map + at[v]);
+    for (int v = 0; v < kVectors; ++v) store(sum[0][v], map + at[v]);
   }
 }
 
+// One channel to what `map` holds, or in its place. Where channels lie side by side, one after the
+// other is one stream through memory; several short rows at once are streams too short for the
+// hardware to read ahead in.
 template <bool kAdd, typename T, typename A, typename P>
-LWKD_INLINE void add_one(A* map, const T* x, int64_t count, P p) {
+LWKD_INLINE void add_channel(A* map, const T* x, int64_t count, P p) {
   constexpr int kCount = Lanes<A>::kCount;
   int64_t q = 0;
   for (; q + kCount <= count; q += kCount) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + q) + kAhead);
     const auto v = power(load(x + q), p);
     store(kAdd ? load(map + q) + v : v, map + q);
   }
@@ -112,19 +130,65 @@ LWKD_INLINE void add_one(A* map, const T* x, int64_t count, P p) {
   }
 }
 
+// Four long rows at once; meanwhile the next four come to the cache in the order in which they lie
+// in memory, one a quarter of the way.
+template <bool kAdd, typename T, typename A, typename P>
+LWKD_INLINE void add_four(A* map, const T* x, int64_t stride_c, int64_t count, P p) {
+  constexpr int kCount = Lanes<A>::kCount;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* const r[4] = {x, x + stride_c, x + 2 * stride_c, x + 3 * stride_c};
+  const int64_t vectors = count / kCount;
+  for (int k = 0; k < 4; ++k) {
+    const T* next = r[k] + 4 * stride_c;
+    const int64_t end = vectors * (k + 1) / 4 * kCount;
+    for (int64_t q = vectors * k / 4 * kCount; q < end; q += kCount) {
+      for (int64_t line = 0; line < 4 * kCount; line += kLine)
+        __builtin_prefetch(next + line, 0, 2);
+      next += 4 * kCount;
+      const auto a = power(load(r[0] + q), p) + power(load(r[1] + q), p);
+      const auto b = power(load(r[2] + q), p) + power(load(r[3] + q), p);
+      store(kAdd ? load(map + q) + (a + b) : a + b, map + q);
+    }
+  }
+  for (int64_t q = vectors * kCount; q < count; ++q) {
+    const A a = power(widen(r[0][q]), p) + power(widen(r[1][q]), p);
+    const A b = power(widen(r[2][q]), p) + power(widen(r[3][q]), p);
+    map[q] = kAdd ? map[q] + (a + b) : a + b;
+  }
+}
+
+template <typename T, typename A, typename P>
+LWKD_INLINE void sum_many(A* map, const T* x, int64_t stride_c, int64_t channels, int64_t count,
+                          P p) {
+  alignas(64) A group[kTile];
+  for (int64_t begin = 0; begin < channels; begin += kGroup) {
+    const int64_t end = std::min(begin + kGroup, channels);
+    A* to = begin == 0 ? map : group;
+    int64_t c = begin + 1;
+    if (count >= kLong && begin + 4 <= end) {
+      add_four<false>(to, x + begin * stride_c, stride_c, count, p);
+      for (c = begin + 4; c + 4 <= end; c += 4)
+        add_four<true>(to, x + c * stride_c, stride_c, count, p);
+    } else {
+      add_channel<false>(to, x + begin * stride_c, count, p);
+    }
+    for (; c < end; ++c) add_channel<true>(to, x + c * stride_c, count, p);
+    for (int64_t q = 0; begin > 0 && q < count; ++q) map[q] += group[q];
+  }
+}
+
 template <typename T, typename A, typename P>
 LWKD_INLINE void sum_positions(A* map, const T* x, int64_t stride_c, int64_t channels,
                                int64_t count, P p) {
-  int64_t c = 0;
-  if (channels >= 8) {
-    add_eight<false>(map, x, stride_c, count, p);
-    for (c = 8; c + 8 <= channels; c += 8)
-      add_eight<true>(map, x + c * stride_c, stride_c, count, p);
-  } else {
-    add_one<false>(map, x, count, p);
-    c = 1;
-  }
-  for (; c < channels; ++c) add_one<true>(map, x + c * stride_c, count, p);
+  constexpr int kCount = Lanes<A>::kCount;
+  if (count < kCount || count > 8 * kCount)
+    sum_many(map, x, stride_c, channels, count, p);
+  else if (count > 4 * kCount)
+    sum_few<8>(map, x, stride_c, channels, count, p);
+  else if (count > 2 * kCount)
+    sum_few<4>(map, x, stride_c, channels, count, p);
+  else
+    sum_few<2>(map, x, stride_c, channels, count, p);
 }
 
 // --- channels side by side: four vectors of partial sums, added in one fixed order ---------------
@@ -160,12 +224,15 @@ LWKD_INLINE void sum_strided(A* __restrict map, const T* x, int64_t stride_c, in
       map[q] += power(static_cast<A>(widen(x[c * stride_c + q * stride])), p);
 }
 
+// Whether T is computed in what it widens to: else plain loops will do.
+template <typename T, typename A>
+constexpr bool kNative = std::is_same_v<A, decltype(widen(T()))>;
+
 // One run of one sample.
 template <typename T, typename A, typename P>
 LWKD_INLINE void sum_run(Order order, A* map, const T* x, int64_t stride_c, int64_t stride,
                          int64_t channels, int64_t count, P p) {
-  constexpr bool kNative = std::is_same_v<A, decltype(widen(T()))>;
-  if constexpr (!kNative)
+  if constexpr (!kNative<T, A>)
     sum_strided(map, x, stride_c, stride, channels, count, p);
   else if (channels == 0 || order == Order::kStrided)
     sum_strided(map, x, stride_c, stride, channels, count, p);
@@ -176,6 +243,50 @@ LWKD_INLINE void sum_run(Order order, A* map, const T* x, int64_t stride_c, int6
 }
 
 // --- the way back: dx = coefficient[q] · d|x|^p/dx ----------------------------------------------
+
+// As sum_few: the coefficients stay in registers.
+template <int kVectors, typename T, typename A, typename P>
+LWKD_INLINE void spread_few(T* dx, const T* x, const A* coefficient, int64_t dx_stride_c,
+                            int64_t stride_c, int64_t channels, int64_t count, P p) {
+  constexpr int kCount = Lanes<A>::kCount;
+  typename Lanes<A>::Vector c[kVectors];
+  int64_t at[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    at[v] = std::min<int64_t>(v * kCount, count - kCount);
+    c[v] = load(coefficient + at[v]);
+  }
+  for (int64_t i = 0; i < channels; ++i) {
+    read_ahead<kVectors * kCount>(x + i * stride_c);
+    for (int v = 0; v < kVectors; ++v)
+      store(slope(c[v], load(x + i * stride_c + at[v]), p), dx + i * dx_stride_c + at[v]);
+  }
+}
+
+template <typename T, typename A, typename P>
+LWKD_INLINE void spread_row(T* dx, const T* x, const A* coefficient, int64_t count, P p) {
+  constexpr int kCount = Lanes<A>::kCount;
+  int64_t q = 0;
+  for (; q + kCount <= count; q += kCount) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + q) + kAhead);
+    store(slope(load(coefficient + q), load(x + q), p), dx + q);
+  }
+  for (; q < count; ++q) narrow(slope(coefficient[q], A(widen(x[q])), p), dx[q]);
+}
+
+template <typename T, typename A, typename P>
+LWKD_INLINE void spread_positions(T* dx, const T* x, const A* c, int64_t dx_stride_c,
+                                  int64_t stride_c, int64_t channels, int64_t count, P p) {
+  constexpr int kCount = Lanes<A>::kCount;
+  if (count < kCount || count > 8 * kCount)
+    for (int64_t i = 0; i < channels; ++i)
+      spread_row(dx + i * dx_stride_c, x + i * stride_c, c, count, p);
+  else if (count > 4 * kCount)
+    spread_few<8>(dx, x, c, dx_stride_c, stride_c, channels, count, p);
+  else if (count > 2 * kCount)
+    spread_few<4>(dx, x, c, dx_stride_c, stride_c, channels, count, p);
+  else
+    spread_few<2>(dx, x, c, dx_stride_c, stride_c, channels, count, p);
+}
 
 template <typename T, typename A, typename P>
 LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* coefficient,
@@ -190,14 +301,9 @@ LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* 
       for (int64_t c = 0; c < channels; ++c)
         narrow(slope(k, static_cast<A>(widen(from[c])), p), to[c]);
     }
-  } else if (order == Order::kPositions) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* from = x + c * stride_c;
-      T* __restrict to = dx + c * dx_stride_c;
-#pragma GCC ivdep
-      for (int64_t q = 0; q < count; ++q)
-        narrow(slope(coefficient[q], static_cast<A>(widen(from[q])), p), to[q]);
-    }
+  } else if (kNative<T, A> && order == Order::kPositions) {
+    if constexpr (kNative<T, A>)
+      spread_positions(dx, x, coefficient, dx_stride_c, stride_c, channels, count, p);
   } else {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t q = 0; q < count; ++q)

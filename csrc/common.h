@@ -8,6 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <type_traits>
 
@@ -31,6 +35,10 @@ constexpr bool takes_float(Return (*)(Args...)) {
     return TORCH_BOX(function);                                                          \
   }())
 
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 // Whether the elements fill their memory without gaps and without overlap, in any order.
 inline bool is_dense(const Tensor& x) {
   int64_t expected = 1;
@@ -44,6 +52,18 @@ inline bool is_dense(const Tensor& x) {
   return x.numel() > 0;
 }
 
+// Asks for large pages under a large fresh tensor: in pages of 4 KiB, the kernel's handing them out
+// takes several times as long as writing them does.
+inline void advise(const Tensor& x, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kLarge = 16 << 20, kPage = 4096;
+  if (bytes < kLarge) return;
+  const auto data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
+
 // A fresh tensor, laid out as torch.empty_like does it. By name, through the dispatcher, it would
 // cost more than a small layer.
 inline Tensor fresh_like(const Tensor& x) {
@@ -55,7 +75,10 @@ inline Tensor fresh_like(const Tensor& x) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
                                                   dtype, type, index, &out));
-  return Tensor(out);
+  Tensor fresh(out);
+  if (type == aoti_torch_device_type_cpu())
+    advise(fresh, x.numel() * element_size(x.scalar_type()));
+  return fresh;
 }
 
 }  // namespace lwkd

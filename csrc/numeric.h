@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 // A helper has to be inlined to become part of its caller's clone, lambdas too.
 #define LWKD_INLINE inline __attribute__((always_inline))
@@ -118,7 +119,7 @@ LWKD_INLINE double fast_log1p(double u) {
   const double series =
       1 + z * (1.0 / 3 + z * (1.0 / 5 + z * (1.0 / 7 + z * (1.0 / 9 + z * (1.0 / 11 + z / 13)))));
   const double value = exponent * 0.69314718055994530942 + 2 * s * series;
-  return y > 0 ? value : (y - y) / (y - y);  // also where u is NaN
+  return y > 0 && y - y == 0 ? value : std::numeric_limits<double>::quiet_NaN();
 }
 
 }  // namespace lwkd

@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
     LayerViews& v = views[l];
     for (int side = 0; side < 2; ++side) v.side[side] = view_of(layers[l].side[side]);
     std::copy_n(layers[l].space, 3, v.space);
+    check_mask(mask, l, samples, v.space);
     v.mask = mask_of(mask, l);
     cells += v.cells();
   }
@@ -84,6 +85,9 @@ std::tuple<Tensor, Tensor> attention(std::vector<Tensor> student, std::vector<Te
 
 std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> channel_dims,
                                    double p) {
+  STD_TORCH_CHECK(xs.size() == channel_dims.size(),
+                  "lwkd.ops: attention_maps: channel_dims: ", "expected one a tensor, got ",
+                  channel_dims.size());
   std::vector<Tensor> out;
   std::vector<View> views[2];
   std::vector<void*> maps[2];
@@ -108,10 +112,9 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
                                        std::vector<int64_t> layers, std::vector<int64_t> sides,
                                        std::vector<int64_t> layout, std::vector<int64_t> space,
                                        double p, int64_t divergence, double beta) {
+  check_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
   const int64_t length = space.size() / 3, samples = xs[0].size(0);
   const bool wide = maps.scalar_type() == ScalarType::Double, mean = grad.dim() == 1;
-  STD_TORCH_CHECK(grad.scalar_type() == maps.scalar_type(),
-                  "lwkd: attention_backward: grad must have the dtype of maps");
   const int64_t element = wide ? 8 : 4;
   std::vector<int64_t> offsets(length);
   for (int64_t l = 0, offset = 0; l < length; ++l) {

@@ -97,19 +97,26 @@ __device__ __forceinline__ A power(A x, Any any) {
   return positive_power(static_cast<A>(fabs(x)), static_cast<A>(any.p));
 }
 
+// A NaN or an Inf that counts has made every c of its sample NaN. Beside one, c is a number only
+// where a mask leaves the position out; then c is 0, and any finite x will do.
+template <typename A>
+__device__ __forceinline__ A finite(A x) {
+  return x - x == 0 ? x : A(1);
+}
+
 // c · d|x|^p/dx, where c already holds the factor p; exactly 0 at x = 0 whatever c is.
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, One) {
-  return x > 0 ? c : x < 0 ? -c : x * 0;  // x * 0 keeps a NaN
+  return x == 0 ? A(0) : x < 0 ? -c : c;
 }
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, Two) {
-  return x == 0 ? A(0) : c * x;
+  return x == 0 ? A(0) : c * finite(x);
 }
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, Any any) {
   if (any.p == 1) return slope(c, x, One{});
-  const A magnitude = positive_power(static_cast<A>(fabs(x)), static_cast<A>(any.p - 1));
+  const A magnitude = positive_power(static_cast<A>(fabs(finite(x))), static_cast<A>(any.p - 1));
   return x == 0 ? A(0) : c * copysign(magnitude, x);
 }
 
