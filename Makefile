@@ -11,8 +11,10 @@ RECORDED = $(if $(RECORD),--record $(RECORD))  # make bench RECORD=bench/results
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+HAS_SETUPTOOLS := import setuptools as s; assert tuple(map(int, s.__version__.split(".")[:2])) >= (70, 1)
 # Imported by the target; what is there is left alone, so a machine without network is served too.
-BUILD := setuptools ninja pybind11 packaging wheel
+# setuptools >= 70.1 brings what it needs of packaging and wheel itself, and torch its packaging.
+BUILD := setuptools ninja pybind11
 RUN := pytest pytest_benchmark numpy
 EXTRA := hypothesis pytest_timeout sklearn matplotlib rich
 LINT := ruff mypy clang_format pre_commit
@@ -39,7 +41,7 @@ gpu: $(VENV)/built
 bench: $(VENV)/built
 	$(PY) -m pytest bench --benchmark-only $(RECORDED)
 
-# The CPU kernels under AddressSanitizer and UBSan: the ops' own tests on a second build.
+# The CPU kernels under AddressSanitizer and UBSan: every test that runs them, on a second build.
 sanitize: $(VENV)/examples
 	./tests/sanitize.sh $(PY)
 
@@ -53,9 +55,11 @@ MISSING = $$($(PY) -c 'import importlib.util as u, sys; n = {"sklearn": "scikit-
 	print(*(n.get(m, m.replace("_", "-")) for m in sys.argv[1:] if u.find_spec(m) is None))' $(1))
 need = missing="$(call MISSING,$(1))"; test -z "$$missing" || $(PIP) -c requirements-dev.txt $$missing
 
+# Of the venv's own packages only pip stays: Python 3.11's setuptools is old, and would hide yours.
 $(VENV)/torch:
 	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
 		$(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(PY) -m pip uninstall --quiet --yes setuptools; \
 		$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
 			> $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth; \
 	else \
@@ -66,7 +70,7 @@ $(VENV)/torch:
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
 	$(call need,$(BUILD) $(RUN))
-	$(PY) -c 'import setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77' 2>/dev/null \
+	$(PY) -c '$(HAS_SETUPTOOLS)' 2>/dev/null \
 		|| $(PIP) -c requirements-dev.txt --upgrade setuptools
 	$(PIP) --no-build-isolation --no-deps --no-index -e .
 	touch $@

@@ -11,19 +11,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 CUDART = "libcudart_static.a"
 SANITIZE = os.environ.get("LWKD_SANITIZE", "")  # e.g. "address,undefined"; see `make sanitize`
 BUILDING = not {"sdist", "egg_info", "dist_info"} & set(sys.argv[1:])
+INPLACE = bool({"editable_wheel", "develop", "--inplace", "-i"} & set(sys.argv[1:]))
+BUILT = {"_C": sysconfig.get_config_var("EXT_SUFFIX"), "_C_cuda": ".so"}
+INSTALL = "pip install --no-build-isolation ."
 
 
 def say(text: str) -> None:
@@ -31,18 +35,48 @@ def say(text: str) -> None:
     print(f"lwkd: {text}", file=sys.stderr, flush=True)
 
 
+def forget(*names: str) -> None:
+    """Remove what an earlier in-place build left where this one makes nothing: it would load."""
+    for name in names if INPLACE else ():
+        old = ROOT / "lwkd" / f"{name}{BUILT[name]}"
+        if old.exists():
+            old.unlink()
+            say(f"{old.name} of an earlier build is removed")
+
+
+def site_folders() -> list[str]:
+    """Return where the user's torch may lie, which pip's isolated build environment hides."""
+    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+    kinds = ("purelib", "platlib")
+    under = [sysconfig.get_path(kind, vars=base) for kind in kinds]
+    own = [sysconfig.get_path(kind) for kind in kinds]  # a virtual environment's, or the same
+    first = [] if own == under else own
+    return [*first, site.getusersitepackages(), *under]
+
+
 def import_torch() -> Any:
     """Import the user's torch, also from inside pip's isolated build environment."""
-    base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
-    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("purelib", vars=base)]
+    sys.path += site_folders()
     try:
         import torch
     except ImportError:
-        raise SystemExit(
-            "lwkd: no torch was found beside this Python; lwkd builds against the torch you use.\n"
-            "lwkd: install torch >= 2.10 first, then: pip install --no-build-isolation lwkd"
-        ) from None
-    return torch
+        found = "no torch was found beside this Python"
+    else:
+        if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
+            return torch
+        found = f"torch {torch.__version__} is too old, it lacks the stable ABI of 2.10"
+    raise SystemExit(
+        f"lwkd: {found}; lwkd builds against the torch you use.\n"
+        f"lwkd: install torch >= 2.10 first, then: {INSTALL}"
+    )
+
+
+def cuda_wanted() -> str:
+    """Return LWKD_CUDA."""
+    wanted = os.environ.get("LWKD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"lwkd: LWKD_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    return wanted
 
 
 def ask(*command: str | Path) -> str:
@@ -61,20 +95,31 @@ def home_of(nvcc: str) -> Path:
     return Path(nvcc).resolve().parents[1]
 
 
-def find_cuda(torch: Any) -> tuple[Path | None, str]:
-    """Return the CUDA toolkit's home and its version, or None and the reason."""
-    if os.environ.get("LWKD_CUDA", "auto") == "0":
-        return None, "LWKD_CUDA=0"
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+def find_home() -> tuple[Path | None, str]:
+    """Return the toolkit that the user names, else the one on PATH, or None and the reason."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if named := os.environ.get(name):
+            home = Path(named)
+            there = (home / "bin/nvcc").exists()
+            return (home, "") if there else (None, f"{name}={named} has no bin/nvcc")
     found = shutil.which("nvcc")
-    homes = [Path(named)] if named else []
-    homes += [home_of(found)] if found else []
+    homes = [home_of(found)] if found else []
     homes += [Path("/usr/local/cuda")]
     home = next((h for h in homes if (h / "bin/nvcc").exists()), None)
+    return home, "" if home else "no nvcc was found (set CUDA_HOME)"
+
+
+def find_cuda(torch: Any) -> tuple[Path | None, str]:
+    """Return the CUDA toolkit's home and its version, or None and the reason."""
+    if cuda_wanted() == "0":
+        return None, "LWKD_CUDA=0"
+    home, reason = find_home()
     if home is None:
-        return None, "no nvcc was found (set CUDA_HOME)"
-    text = ask(home / "bin/nvcc", "--version")
-    version = text.split("release ")[-1].split(",")[0]
+        return None, reason
+    said = re.search(r"release (\d+\.\d+)", ask(home / "bin/nvcc", "--version"))
+    if said is None:
+        return None, f"{home}/bin/nvcc does not say its version"
+    version = said[1]
     wanted = torch.version.cuda
     if wanted and wanted.split(".")[0] != version.split(".")[0]:
         return None, f"nvcc is {version}, torch {torch.__version__} was built for CUDA {wanted}"
@@ -148,7 +193,7 @@ def cuda_extension(cpp: Any, home: Path) -> Any:
         libraries=["cudart_static"],
     )
     extension.libraries = [x for x in extension.libraries if x not in ("torch_python", "c10")]
-    extension.optional = os.environ.get("LWKD_CUDA", "auto") != "1"
+    extension.optional = cuda_wanted() != "1"
     return extension
 
 
@@ -156,6 +201,11 @@ def build_command(cpp: Any, info: dict[str, str]) -> Any:
     """Return build_ext: CUDA first, so that lwkd._C can say why it is missing."""
 
     class Build(cpp.BuildExtension):
+        def run(self) -> None:
+            if not info["cuda"]:  # a build folder may be used again
+                Path(self.get_ext_fullpath("lwkd._C_cuda")).unlink(missing_ok=True)
+            super().run()
+
         def get_ext_filename(self, fullname: str) -> str:
             if fullname.endswith("_C_cuda"):
                 return str(Path(*fullname.split("."))) + ".so"
@@ -171,6 +221,7 @@ def build_command(cpp: Any, info: dict[str, str]) -> Any:
                     info["cuda"], info["cuda_reason"] = "", f"nvcc failed: {error}"
                     stale = Path(self.get_ext_fullpath(extension.name))
                     stale.unlink(missing_ok=True)
+                    forget("_C_cuda")
                     say(f"CUDA kernels are left out, {info['cuda_reason']}")
                 return
             self.write_info(extension)
@@ -190,21 +241,24 @@ def extensions() -> dict[str, Any]:
     """Return setup()'s arguments for what can be built here."""
     if os.environ.get("LWKD_BUILD", "1") == "0":
         say("LWKD_BUILD=0: nothing is compiled, the reference serves every op")
+        forget("_C", "_C_cuda")
         return {}
     if not BUILDING:
         return {}
-    torch = import_torch()
+    wanted, torch = cuda_wanted(), import_torch()
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         say("no C++ compiler was found: nothing is compiled, the reference serves every op")
+        forget("_C", "_C_cuda")
         return {}
     from torch.utils import cpp_extension as cpp
 
     bound_jobs()
     home, version = find_cuda(torch)
-    if home is None and os.environ.get("LWKD_CUDA") == "1":
+    if home is None and wanted == "1":
         raise SystemExit(f"lwkd: LWKD_CUDA=1, but {version}")
     modules = [cpu_extension(cpp)]
     if home is None:
+        forget("_C_cuda")
         say(f"CUDA kernels are left out: {version}; CPU and Triton kernels are not affected")
     else:
         modules.insert(0, cuda_extension(cpp, home))
@@ -218,4 +272,6 @@ def extensions() -> dict[str, Any]:
     return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(cpp, info)}}
 
 
-setup(**extensions())
+# pyproject.toml can say this only to setuptools >= 77, and containers have older ones.
+LICENSE = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+setuptools.setup(**{LICENSE: "BSD-3-Clause"}, **extensions())

@@ -18,20 +18,27 @@ except ImportError:  # a GPU machine may lack it; no GPU test needs it
     settings = None
 else:
     _quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-    settings.register_profile("change", max_examples=100, **_quiet)
-    settings.register_profile("release", max_examples=5000, **_quiet)
+    # Over all property tests more than 2,000 examples a change and 100,000 a release.
+    settings.register_profile("change", max_examples=200, **_quiet)
+    settings.register_profile("release", max_examples=10_000, **_quiet)
     settings.load_profile(os.environ.get("LWKD_HYPOTHESIS", "change"))
 
 REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
 KILLS = int(os.environ.get("LWKD_KILLS", "6"))
 
 
+def lacks_the_second(item: pytest.Item) -> bool:
+    """Whether a test asks for two GPUs and there is one: nobody has promised a second."""
+    return "two_gpus" in item.keywords and torch.cuda.device_count() == 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() or REQUIRE_GPU:
-        return
+    absent = not (torch.cuda.is_available() or REQUIRE_GPU)
     for item in items:
-        if "gpu" in item.keywords:
+        if absent and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+        elif lacks_the_second(item):
+            item.add_marker(pytest.mark.skip(reason="one GPU: another device is unproven"))
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -39,7 +46,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """Where a GPU was promised, a skipped GPU test is a failure."""
     outcome = yield
     report = outcome.get_result()
-    if REQUIRE_GPU and report.skipped and "gpu" in item.keywords:
+    promised = REQUIRE_GPU and "gpu" in item.keywords and not lacks_the_second(item)
+    if promised and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped although LWKD_REQUIRE_GPU=1"
 

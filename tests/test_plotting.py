@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-pytest.importorskip("matplotlib")
-
-from matplotlib.colors import to_hex
 
 from lwkd import plotting
+
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 
 Rows = list[dict[str, Any]]
 
@@ -80,7 +78,6 @@ def test_many_layers_are_named_by_the_first_and_the_last() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=13).map(sorted))
-@settings(max_examples=50)
 def test_labels_keep_their_order_and_distance_inside_the_axes(heights: list[float]) -> None:
     gap = min(0.065, 1 / max(len(heights) - 1, 1))
     out = plotting._spread(heights, gap)

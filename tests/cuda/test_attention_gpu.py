@@ -274,7 +274,7 @@ def test_memory_does_not_grow() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.two_gpus
 def test_second_device() -> None:
     """Fault 8: tensors on cuda:1 while cuda:0 is current."""
     pair = [draw(4, 32, 7, 7, device="cuda:1") for _ in range(2)]
