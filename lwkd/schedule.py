@@ -312,8 +312,9 @@ class LayerwiseLR(LRScheduler):
         return torch.where(valid, value, 0.0), torch.where(valid, share, 0.0), valid
 
     def _check_data(self, op: str, argument: str, x: Tensor) -> None:
-        if x.layout is not torch.strided or (x.is_meta and not self._mean.is_meta):
-            got = f"a {x.layout} tensor on {x.device}"
+        spread = hasattr(x, "full_tensor")  # over ranks: a DTensor, which has its own collectives
+        if spread or x.layout is not torch.strided or (x.is_meta and not self._mean.is_meta):
+            got = f"a {x.layout} {type(x).__name__} on {x.device}"
             raise ValueError(checks.message(op, argument, "a dense tensor that holds data", got))
 
     def _share(self, op: str, weight: float | Tensor | None, value: Tensor) -> Tensor:

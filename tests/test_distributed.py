@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -133,15 +133,30 @@ def unlike(rank):
     return errors
 
 
+class Broken(torch.Tensor):
+    """Whatever is done with it fails, and not as a wrong argument does."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise ArithmeticError("broken")
+
+
+def replicated(x):
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+
+
 BAD = {
-    "huge int": lambda: (torch.ones(2), 10**39),
-    "endless int": lambda: (torch.ones(2), 10**400),
-    "huge float": lambda: (torch.ones(2), 1e300),
-    "negative": lambda: (torch.ones(2), -1.0),
-    "type": lambda: (torch.ones(2), "1"),
-    "sparse": lambda: (torch.ones(2).to_sparse(), 1.0),
-    "meta": lambda: (torch.ones(2, device="meta"), 1.0),
-    "meta weight": lambda: (torch.ones(2), torch.ones(2, device="meta")),
+    "huge int": lambda d: (d, 10**39),
+    "endless int": lambda d: (d, 10**400),
+    "huge float": lambda d: (d, 1e300),
+    "negative": lambda d: (d, -1.0),
+    "type": lambda d: (d, "1"),
+    "sparse": lambda d: (d.to_sparse(), 1.0),
+    "meta": lambda d: (d.to("meta"), 1.0),
+    "meta weight": lambda d: (d, d.to("meta")),
+    "dtensor": lambda d: (replicated(d), 1.0),
+    "broken": lambda d: (d.as_subclass(Broken), 1.0),
 }
 
 
@@ -150,11 +165,10 @@ def bad_arguments(rank):
     _, optimizer, rates = build(momentum=0.0)
     optimizer.step()
     before = str(rates.state_dict())
-    good = torch.ones(2), 1.0
-    errors = {
-        k: attempt(rates.update, *(make_bad() if rank == 0 else good))
-        for k, make_bad in BAD.items()
-    }
+    errors = {}
+    for name, make_bad in BAD.items():
+        bad = make_bad(torch.ones(2))  # on both: a mesh is made together
+        errors[name] = attempt(rates.update, *(bad if rank == 0 else (torch.ones(2), 1.0)))
     unchanged = str(rates.state_dict()) == before
     with torch.inference_mode():
         d = torch.tensor([1.0, 3.0])
@@ -342,8 +356,11 @@ def test_a_bad_argument_on_one_rank_keeps_nobody_waiting(ranks):
     """Fault 20: whatever is wrong, both raise at once, and both go on afterwards."""
     (errors, *after), (other_errors, *other_after) = both(ranks, "bad_arguments")
     for name in BAD:
-        assert errors[name][0] in ("TypeError", "ValueError")
-        assert "lwkd.LayerwiseLR.update: " in errors[name][1]
+        if name == "broken":
+            assert errors[name][:2] == ("ArithmeticError", "broken")
+        else:
+            assert errors[name][0] in ("TypeError", "ValueError")
+            assert "lwkd.LayerwiseLR.update: " in errors[name][1]
         assert other_errors[name][0] == "RuntimeError"
         assert "something else on another rank, which says what" in other_errors[name][1]
     assert after == other_after == [True, pytest.approx([0.05, 0.15, 0.1])]
@@ -419,6 +436,45 @@ def test_stamps_of_sixteen_bits_are_told_apart_exactly(world, monkeypatch):
             sums = torch.tensor([sum(stamps)], dtype=torch.float64)
             squares = torch.tensor([sum(x * x for x in stamps)], dtype=torch.float64)
             assert bool(distributed._spread(sums, squares, None) > 0) == (other != stamp)
+
+
+@pytest.mark.parametrize(("other", "reason"), [(7, None), (8, "apart")])
+def test_weights_count_as_nothing_where_the_stamps_differ(other, reason, monkeypatch):
+    """On CUDA nobody looks before the rates are computed: what was pooled must be harmless."""
+
+    def with_another(buffer, group=None):
+        buffer += torch.tensor([4.0, 6.0, 1.0, 1.0, 0.0, other, other**2], dtype=torch.float64)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_reduce", with_another)
+    pooled = distributed.pool(torch.tensor([2.0, 2.0]), torch.ones(2), stamp=7)
+    assert pooled.verdict.reason() == reason
+    assert pooled.weight.tolist() == ([0.0, 0.0] if reason else [2.0, 2.0])
+    assert pooled.mean.tolist() == ([0.0, 0.0] if reason else [3.0, 4.0])
+
+
+@pytest.mark.gpu
+def test_gpu_pooling_does_not_synchronise(tmp_path):
+    """Fault 26: the verdict travels behind the all-reduce, and whoever asks early gets None."""
+    path = f"file://{tmp_path}/s"
+    dist.init_process_group(
+        "nccl", init_method=path, rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
+    try:
+        d, weight = torch.rand(2, device="cuda"), torch.ones(2, device="cuda")
+        distributed.pool(d, weight)
+        assert distributed.agree(2**32 - 1, d.device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        pooled = [distributed.pool(d, weight, stamp=65535, failed=bad) for bad in (False, True)]
+        pooled[1].verdict.reason(wait=False)
+        torch.cuda.set_sync_debug_mode("default")
+        assert [p.verdict.reason() for p in pooled] == [None, "failed"]
+        assert torch.equal(pooled[0].mean, d)
+        assert pooled[1].weight.tolist() == [0.0, 0.0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
 
 
 def test_what_is_no_process_group():

@@ -800,7 +800,7 @@ def test_update_errors_change_nothing():
             torch.ones(2, device="meta"),
             None,
             ValueError,
-            "d: expected .* tensor on meta",
+            "d: expected .* Tensor on meta",
         ),
         (torch.ones(2), torch.ones(2).to_sparse(), ValueError, "weight: expected a dense tensor"),
         (
