@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from lwkd.ops import attention
-from lwkd.ops.checks import message
+from lwkd.ops.checks import choice, message, suggest
 
 __all__ = ["KINDS", "attention_maps", "layer_discrepancy"]
 
 KINDS: dict[str, Callable[..., Tensor]] = {"attention": attention.discrepancy}
+_OPTIONS = {kind: tuple(run.__kwdefaults__ or ()) for kind, run in KINDS.items()}
 _REDUCTIONS = ("mean", "none")
 
 
@@ -35,7 +36,8 @@ def layer_discrepancy(
       D[n] = H(M) − βH(P_S) − (1−β)H(P_T) in nats, in [0, ln 2] at β = ½
       (source: Kokane, Uddin & Xu 2024).
 
-    Differentiable once in student and teacher; a second derivative raises. Equal operands of equal
+    Differentiable once in student and teacher; a second derivative, forward-mode differentiation
+    and ``torch.func`` transforms raise. Equal operands of equal
     layout are at a distance of exactly 0. NaN and Inf in an operand give NaN. An empty batch has
     distance 0.
 
@@ -77,23 +79,22 @@ def layer_discrepancy(
     0.0
     """
     op = "ops.layer_discrepancy"
-    if kind not in KINDS:
-        raise ValueError(message(op, "kind", f"one of {tuple(KINDS)}", repr(kind)))
-    if reduction not in _REDUCTIONS:
-        raise ValueError(message(op, "reduction", f"one of {_REDUCTIONS}", repr(reduction)))
-    try:
-        run = KINDS[kind]
-        return run(op, student, teacher, reduction, backend, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise TypeError(message(op, "options", f"those of kind={kind!r}", error)) from None
-        raise
+    choice(op, "kind", kind, tuple(KINDS))
+    choice(op, "reduction", reduction, _REDUCTIONS)
+    for name in options:
+        if name not in _OPTIONS[kind]:
+            expected = f"those of kind={kind!r}: {', '.join(_OPTIONS[kind])}"
+            got = repr(name) + suggest(name, _OPTIONS[kind])
+            raise TypeError(message(op, "options", expected, got))
+    return KINDS[kind](op, student, teacher, reduction, backend, **options)
 
 
 def attention_maps(
     xs: Sequence[Tensor], *, p: float = 2.0, channel_dim: int | Sequence[int] | None = None
 ) -> list[Tensor]:
     """Reduce activations to attention maps, m[n,q] = Σ_c |x[n,c,q]|^p; differentiable twice.
+
+    Forward-mode differentiation and ``torch.func`` transforms raise.
 
     One position costs one float instead of C: this is how a teacher's activations are streamed.
     Source: Zagoruyko & Komodakis 2017.

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from lwkd.ops import attention_reference as reference
 from lwkd.ops import backends, operands
-from lwkd.ops.checks import message
+from lwkd.ops.checks import choice, message, number
 
 Pair = tuple[Any, Any]
+_INTS = (int, torch.SymInt)
 
 # --- the boundary: every argument is checked here, once ----------------------------------------
 
@@ -68,43 +69,50 @@ def discrepancy(
 
 def check_options(op: str, p: float, divergence: str, beta: float) -> None:
     """Raise where an option of kind="attention" is out of its range."""
-    if not 1 <= p < float("inf"):
-        raise ValueError(message(op, "p", "a finite number ≥ 1", p))
-    if divergence not in reference.DIVERGENCES:
-        names = tuple(reference.DIVERGENCES)
-        raise ValueError(message(op, "divergence", f"one of {names}", repr(divergence)))
-    if not 0 < beta < 1:
-        raise ValueError(message(op, "beta", "a number in (0, 1)", beta))
+    number(op, "p", p, "a finite number ≥ 1", lambda v: 1 <= v < float("inf"))
+    choice(op, "divergence", divergence, tuple(reference.DIVERGENCES))
+    number(op, "beta", beta, "a number in (0, 1)", lambda v: 0 < v < 1)
 
 
 def _channel_dims(op: str, channel_dim: Any, length: int) -> Pair:
     """The channel dimensions of (student, teacher), one a layer; None where nothing was said."""
-    if channel_dim is None or isinstance(channel_dim, int):
-        return [channel_dim] * length, [channel_dim] * length
     if isinstance(channel_dim, tuple):
         if len(channel_dim) != 2:
             raise ValueError(
                 message(op, "channel_dim", "a (student, teacher) pair", repr(channel_dim))
             )
-        return [channel_dim[0]] * length, [channel_dim[1]] * length
-    if len(channel_dim) != length:
-        raise ValueError(
-            message(op, "channel_dim", f"a list of {length}, one a layer", len(channel_dim))
-        )
-    pairs = [d if isinstance(d, tuple) else (d, d) for d in channel_dim]
-    return [s for s, _ in pairs], [t for _, t in pairs]
+        sides = [channel_dim[0]] * length, [channel_dim[1]] * length
+    elif isinstance(channel_dim, list):
+        if len(channel_dim) != length:
+            raise ValueError(
+                message(op, "channel_dim", f"a list of {length}, one a layer", len(channel_dim))
+            )
+        pairs = [d if isinstance(d, tuple) and len(d) == 2 else (d, d) for d in channel_dim]
+        sides = [s for s, _ in pairs], [t for _, t in pairs]
+    else:
+        sides = [channel_dim] * length, [channel_dim] * length
+    for kind in {*map(type, sides[0]), *map(type, sides[1])}:
+        if kind not in (*_INTS, type(None)):
+            expected = "None, an int, a (student, teacher) pair, or a list of these"
+            raise TypeError(message(op, "channel_dim", expected, repr(channel_dim)))
+    return sides
 
 
 def _folds(op: str, tokens: Any) -> Pair:
     if tokens is None:
         return None, None
-    expected = "None or a (student, teacher) pair, each None or (h, w, prefix)"
-    if len(tokens) != 2:
+    if not isinstance(tokens, (tuple, list)) or len(tokens) != 2 or not all(map(is_fold, tokens)):
+        expected = "None or a (student, teacher) pair, each None or (h, w, prefix)"
         raise ValueError(message(op, "tokens", expected, repr(tokens)))
-    for fold in tokens:
-        if fold is not None and (len(fold) != 3 or fold[0] < 1 or fold[1] < 1 or fold[2] < 0):
-            raise ValueError(message(op, "tokens", expected, repr(tokens)))
     return tokens[0], tokens[1]
+
+
+def is_fold(fold: Any) -> bool:
+    """Tell whether this is one side of ``tokens``: None or (h, w, prefix)."""
+    if fold is None:
+        return True
+    whole = isinstance(fold, (tuple, list)) and len(fold) == 3
+    return whole and all(type(v) in _INTS for v in fold) and min(*fold[:2], fold[2] + 1) > 0
 
 
 def _layouts(
@@ -147,6 +155,9 @@ def _layout(
     if fold is not None:
         h, w, prefix = fold
         d = 2 if channel_dim is None else channel_dim % 3
+        if channel_dim is not None and not -3 <= channel_dim < 3:
+            expected = "None, 1, 2, -1 or -2 for tokens"
+            raise ValueError(message(op, "channel_dim", expected, channel_dim, layer=layer))
         if dim != 3 or d == 0 or shape[3 - d] != prefix + h * w:
             expected = f"tokens [N, {prefix + h * w}, D] (prefix {prefix} + {h}×{w})"
             raise ValueError(message(op, side, expected, list(shape), layer=layer))
@@ -175,6 +186,9 @@ def _masks(
     t_layout: list[int],
 ) -> list[Tensor]:
     """The masks with a 1-dimensional empty tensor for None."""
+    if not isinstance(mask, (list, tuple)):
+        expected = f"a list of {len(student)}, one a layer"
+        raise TypeError(message(op, "mask", expected, type(mask).__name__))
     if len(mask) != len(student):
         raise ValueError(message(op, "mask", f"a list of {len(student)}, one a layer", len(mask)))
     spaces = reference.common_space(student, teacher, s_layout, t_layout)
@@ -183,6 +197,10 @@ def _masks(
         shape = [x.shape[0], *space]
         if m is None:
             m = x.new_empty(0, dtype=torch.bool)
+        elif not isinstance(m, Tensor) or m.layout is not torch.strided:
+            expected = "None or a dense bool tensor"
+            got = m.layout if isinstance(m, Tensor) else type(m).__name__
+            raise TypeError(message(op, "mask", expected, got, layer=i))
         elif m.dtype != torch.bool or list(m.shape) != shape:
             expected = f"None or bool {shape} (the common space)"
             raise ValueError(message(op, "mask", expected, f"{m.dtype} {list(m.shape)}", layer=i))
@@ -196,7 +214,8 @@ def maps(op: str, xs: Sequence[Tensor], p: float, channel_dim: Any) -> list[Tens
     """Check the arguments of ops.attention_maps and call the op."""
     shapes = operands.check_list(op, "xs", xs)
     check_options(op, p, "l2", 0.5)
-    layout = _layouts(op, "xs", shapes, _channel_dims(op, channel_dim, len(xs))[0], None)
+    each = list(channel_dim) if isinstance(channel_dim, tuple) else channel_dim
+    layout = _layouts(op, "xs", shapes, _channel_dims(op, each, len(xs))[0], None)
     dims = layout[::4]
     return list(ATTENTION_MAPS("lwkd", xs, dims, float(p)))
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lwkd.ops.checks import message
 
@@ -137,7 +138,7 @@ class Op:
         def triton(*args: Any) -> Any:
             return getattr(kernels(module), function)(*args)
 
-        self._inputs = formula.inputs
+        self._name, self._inputs = name, formula.inputs
         self._overloads: dict[str, Any] = {}
         self._nodes: dict[str, Any] = {}
         for namespace, library in LIBRARIES.items():
@@ -157,11 +158,24 @@ class Op:
         overload = self._overloads[namespace]
         if torch.compiler.is_compiling():
             return overload(*args)
-        wanted = _wanted(self._inputs(*args))
+        inputs = self._inputs(*args)
+        refuse_transforms(self._name, inputs)
+        wanted = _wanted(inputs)
         if wanted:
             return self._nodes[namespace].apply(None, args, *wanted)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
+
+
+def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise where a derivative is asked for that would come out as 0, silently."""
+    dual = forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+    if dual or torch._C._are_functorch_transforms_active():
+        got = "forward-mode differentiation" if dual else "a torch.func transform"
+        expected = "reverse-mode differentiation, as by torch.autograd.grad"
+        raise RuntimeError(message(f"ops.{name}", "derivative", expected, got))
 
 
 def _wanted(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,28 +183,29 @@ def _wanted(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _node(overload: Any, namespace: str, formula: Formula) -> Any:
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                out = overload(*args) if keyset is None else overload.redispatch(keyset, *args)
-                formula.save(ctx, args, out)
-            return tuple(out) if isinstance(out, list) else out
+    def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = overload(*args) if keyset is None else overload.redispatch(keyset, *args)
+            formula.save(ctx, args, out)
+        return tuple(out) if isinstance(out, list) else out
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return (None, None, *formula.backward(ctx, namespace, *grads))
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, None, *formula.backward(ctx, namespace, *grads))
 
-    Node.__name__ = f"{formula.schema.split('(')[0]}_{namespace}"
-    return Node
+    # Made by name: anomaly mode and grad_fn show it.
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    name = f"{namespace}_{formula.schema.split('(')[0]}_"
+    return type(name, (torch.autograd.Function,), parts)
 
 
 def _autograd(overload: Any, node: Any, formula: Formula) -> Callable[..., Any]:
-    many = formula.schema.endswith("-> Tensor[]")
+    name, many = formula.schema.split("(")[0], formula.schema.endswith("-> Tensor[]")
 
     def autograd(keyset: Any, *args: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
-        wanted = _wanted(formula.inputs(*args))
+        inputs = formula.inputs(*args)
+        refuse_transforms(name, inputs)
+        wanted = _wanted(inputs)
         if wanted:
             out = node.apply(below, args, *wanted)
             return list(out) if many else out

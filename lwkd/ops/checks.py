@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 def message(op: str, argument: str, expected: object, got: object, *, layer: object = None) -> str:
@@ -34,3 +34,49 @@ def suggest(name: str, names: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def number(
+    op: str, argument: str, value: object, expected: str, fits: Callable[[float], bool]
+) -> None:
+    """Raise unless ``value`` is a number of the range that ``expected`` describes.
+
+    Args:
+        op: As in `message`.
+        argument: As in `message`.
+        value: What came.
+        expected: The range in words.
+        fits: The range itself.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: A number out of range; NaN is out of every range.
+
+    >>> number("ops.layer_discrepancy", "p", "2", "a finite number ≥ 1", lambda v: v >= 1)
+    Traceback (most recent call last):
+    TypeError: lwkd.ops.layer_discrepancy: p: expected a finite number ≥ 1, got '2'
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(message(op, argument, expected, repr(value)))
+    if not fits(value):
+        raise ValueError(message(op, argument, expected, value))
+
+
+def choice(op: str, argument: str, value: object, names: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``names``.
+
+    Args:
+        op: As in `message`.
+        argument: As in `message`.
+        value: What came.
+        names: What it may be.
+
+    Raises:
+        ValueError: It is none of them.
+
+    >>> choice("ops.layer_discrepancy", "reduction", "sum", ("mean", "none"))
+    Traceback (most recent call last):
+    ValueError: lwkd.ops.layer_discrepancy: reduction: expected one of ('mean', 'none'), got 'sum'
+    """
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(message(op, argument, f"one of {names}", repr(value)))

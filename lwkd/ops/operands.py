@@ -27,7 +27,7 @@ def check_list(op: str, argument: str, xs: Sequence[Tensor]) -> list[torch.Size]
     strided, device = torch.strided, getattr(xs[0], "device", None)
     for i, x in enumerate(xs):
         good = isinstance(x, Tensor) and x.dtype in DTYPES and x.layout is strided
-        if not (good and x.device == device):
+        if not (good and x.device == device) or x.is_nested:
             _refuse(op, argument, x, i, device)
     return [x.shape for x in xs]
 
@@ -39,8 +39,9 @@ def _refuse(op: str, argument: str, x: object, layer: int, device: object) -> No
     if x.dtype not in DTYPES:
         expected = "float64, float32, float16 or bfloat16"
         raise TypeError(message(op, argument, expected, x.dtype, layer=layer))
-    if x.layout is not torch.strided:
-        raise TypeError(message(op, argument, "a dense tensor", x.layout, layer=layer))
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(message(op, argument, "a dense tensor", got, layer=layer))
     expected = f"a tensor on {device}, as layer 0"
     raise ValueError(message(op, argument, expected, x.device, layer=layer))
 

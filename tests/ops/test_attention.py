@@ -302,6 +302,8 @@ def test_maps_are_twice_differentiable(target: Target, p: float) -> None:
 def test_the_public_maps_are_those_of_the_op() -> None:
     xs = [cases.draw((2, 3, 4, 5), torch.bfloat16, 1), cases.draw((2, 6, 3), torch.float64, 2)]
     got = lwkd.ops.attention_maps(xs, p=3.0, channel_dim=[-3, 2])
+    again = lwkd.ops.attention_maps(xs, p=3.0, channel_dim=(-3, 2))  # no (student, teacher) here
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     assert [m.dtype for m in got] == [torch.float32, torch.float64]
     for m, w in zip(got, oracle.attention_maps(xs, p=3.0, channel_dim=[1, 2]), strict=True):
         torch.testing.assert_close(m.double(), w, rtol=1e-5, atol=0)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import lwkd
 from tests import cases, oracle, tolerances
-from tests.cases import Target, each_target, fast_target
+from tests.cases import Target, cpu_target, each_target, fast_target
 from tests.ops.battery import agrees, close, divergences, leaves, one_thread, pairs
 
 __all__ = ["one_thread"]  # a fixture
@@ -238,11 +242,64 @@ def test_the_teacher_is_not_kept() -> None:
     student, teacher = pairs(Target("reference", "cpu"))
     s = leaves(student)
     d = lwkd.ops.layer_discrepancy(s, teacher)
-    held = {id(x) for x in teacher}
-    saved = {id(x) for x in gc.get_referents(d.grad_fn) if isinstance(x, Tensor)}
-    assert not held & saved
     ghosts = [weakref.ref(x) for x in teacher]
     del teacher
     gc.collect()
     assert all(ghost() is None for ghost in ghosts)
     assert d.requires_grad
+
+
+# --- what would be wrong in silence ---------------------------------------------------------------
+
+
+def _calls(target: Target) -> list[Callable[[Tensor], Any]]:
+    y = torch.rand(2, 5, 4, 4, dtype=torch.float64)
+    maps, layout = torch.rand(2 * 2 * 16, dtype=torch.float64), [1, 0, 0, 0]
+    space = getattr(torch.ops, "lwkd" if target.backend == "compiled" else f"lwkd_{target.backend}")
+    grad = torch.ones(1, dtype=torch.float64)
+    return [
+        lambda x: lwkd.ops.layer_discrepancy([x], [y], backend=target.backend),
+        lambda x: lwkd.ops.attention_maps([x])[0],
+        lambda x: space.attention([x], [y], [], layout, layout, 2.0, 0, 0.5, True)[0],
+        lambda x: space.attention_maps([x], [1], 2.0)[0],
+        lambda x: space.attention_backward(
+            grad, [x], [], maps, [0], [0], layout, [1, 4, 4], 2.0, 0, 0.5
+        )[0],
+    ]  # fmt: skip
+
+
+@cpu_target
+def test_forward_mode_raises(target: Target) -> None:
+    """A tangent would be dropped below autograd: no derivative is better than 0."""
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    for f in _calls(target):
+        with forward_ad.dual_level():
+            for primal in (x, x.clone().requires_grad_()):
+                dual = forward_ad.make_dual(primal, torch.ones_like(x))
+                with pytest.raises(RuntimeError, match=r"lwkd\.ops\.attention.*forward-mode"):
+                    f(dual)
+            assert f(x) is not None  # beside one, a tensor without a tangent is served
+
+
+def _total(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return f(x).sum()
+
+
+@cpu_target
+def test_function_transforms_raise(target: Target) -> None:
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    for f in _calls(target)[:2]:
+        for transform, args in (
+            (partial(torch.func.jvp, f), ((x,), (x,))),
+            (torch.func.jacfwd(f), (x,)),
+            (torch.func.grad(partial(_total, f)), (x,)),
+            (torch.func.vmap(f), (x[None],)),
+        ):
+            with pytest.raises(RuntimeError, match=r"lwkd\.ops\.attention.*reverse-mode"):
+                transform(*args)
+
+
+def test_the_graph_says_whose_gradient_it_is() -> None:
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+    assert "lwkd_attention_" in str(lwkd.ops.layer_discrepancy([x], [x.detach()]).grad_fn)
+    assert "lwkd_attention_maps" in str(lwkd.ops.attention_maps([x])[0].grad_fn)

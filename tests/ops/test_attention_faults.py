@@ -164,6 +164,16 @@ def test_denormals(target: Target, divergence: str) -> None:
     torch.testing.assert_close(d.cpu().double(), want, rtol=1e-5, atol=1e-6)
 
 
+@each_target
+def test_denormal_maps(target: Target) -> None:
+    """Fault 10: a sum so small that its inverse overflows still makes shares."""
+    student, teacher = (x.double() for x in (pair[0] for pair in pairs(target)))
+    s, t = student * 1e-160, teacher * 1e-160
+    d = target.distance([s], [t], divergence="js")
+    want = oracle.distances([student], [teacher], divergence="js").mean(1)
+    torch.testing.assert_close(d.cpu().double(), want, rtol=1e-2, atol=0.0)  # of few digits
+
+
 # --- empty, misaligned, far apart ----------------------------------------------------------------
 
 EMPTY = [

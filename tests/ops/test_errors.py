@@ -13,6 +13,7 @@ import lwkd
 from lwkd.ops import backends
 from lwkd.ops.checks import message, suggest
 from tests import cases
+from tests.cases import Target
 
 X, Y = cases.draw((2, 3, 4, 4), torch.float32, 1), cases.draw((2, 5, 4, 4), torch.float32, 2)
 TOKENS = cases.draw((2, 10, 8), torch.float32, 3)
@@ -94,6 +95,25 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
                           "None or bool [2, 4, 4] (the common space)", "torch.float32 [2, 4, 4]"),
     "a mask of channels": ({"mask": [torch.ones(2, 3, 4, 4, dtype=BOOL)]}, ValueError, "mask", 0,
                            "None or bool [2, 4, 4]", "[2, 3, 4, 4]"),
+    "a mask that is no list": ({"mask": 3}, TypeError, "mask", None, "a list of 1", "int"),
+    "a mask that is no tensor": ({"mask": [[True]]}, TypeError, "mask", 0,
+                                 "None or a dense bool tensor", "list"),
+    "a sparse mask": ({"mask": [torch.ones(2, 4, 4, dtype=BOOL).to_sparse()]}, TypeError, "mask", 0,
+                      "None or a dense bool tensor", "torch.sparse_coo"),
+    "p of words": ({"p": "2"}, TypeError, "p", None, "a finite number ≥ 1", "'2'"),
+    "no beta": ({"beta": None}, TypeError, "beta", None, "a number in (0, 1)", "None"),
+    "a list of divergences": ({"divergence": ["l2"]}, ValueError, "divergence", None,
+                              "one of ('l2', 'js')", "['l2']"),
+    "a list of kinds": ({"kind": ["attention"]}, ValueError, "kind", None, "('attention',)", "]"),
+    "a misspelt option": ({"chanel_dim": 1}, TypeError, "options", None, "channel_dim, tokens",
+                          "'chanel_dim'; did you mean 'channel_dim'?"),
+    "half a dimension": ({"channel_dim": 1.0}, TypeError, "channel_dim", None, "None, an int", "1"),
+    "half dimensions": ({"channel_dim": [1.5]}, TypeError, "channel_dim", None, "an int", "[1.5]"),
+    "a triple": ({"channel_dim": [(1, 1, 1)]}, TypeError, "channel_dim", None,
+                 "a (student, teacher) pair", "[(1, 1, 1)]"),
+    "no folds": ({"tokens": 5}, ValueError, "tokens", None, "each None or (h, w, prefix)", "5"),
+    "half rows": ({"tokens": ((4.0, 4, 0), None)}, ValueError, "tokens", None,
+                  "each None or (h, w, prefix)", "((4.0, 4, 0), None)"),
     "a mask elsewhere": ({"mask": [torch.ones(2, 4, 4, dtype=BOOL, **META)]}, ValueError, "mask",
                          0, "a tensor on cpu", "meta"),
 }  # fmt: skip
@@ -156,7 +176,9 @@ MAPS: dict[str, tuple[Any, ...]] = {
     "too far": ([X], {"channel_dim": [7]}, ValueError, "channel_dim", 0, "a dimension of", "7"),
     "lengths": ([X, Y], {"channel_dim": [1]}, ValueError, "channel_dim", None, "a list of 2", "1"),
     "devices": ([X, Y.to("meta")], {}, ValueError, "xs", 1, "a tensor on cpu", "meta"),
-}
+    "of a tuple": ([X, Y], {"channel_dim": (1, 1, 1)}, ValueError, "channel_dim", None,
+                   "a list of 2", "3"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -164,6 +186,55 @@ def test_maps(name: str) -> None:
     xs, options, exception, *parts = MAPS[name]
     match = pattern("ops.attention_maps", *parts)
     raises(lambda: lwkd.ops.attention_maps(xs, **options), exception, match, xs)
+
+
+def test_channels_of_tokens_out_of_range() -> None:
+    match = pattern("ops.layer_discrepancy", "channel_dim", 0, "None, 1, 2, -1 or -2", "5")
+    call = {"tokens": ((2, 2, 0), (2, 2, 0)), "channel_dim": 5}
+    raises(lambda: lwkd.ops.layer_discrepancy([TOKENS], [TOKENS], **call), ValueError, match)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)])
+    match = pattern("ops.layer_discrepancy", "student", 0, "a dense tensor", "a nested tensor")
+    raises(lambda: lwkd.ops.layer_discrepancy([nested], [Y]), TypeError, match)
+
+
+NCHW = [1, 0, 0, 0]
+G, M = torch.ones(1), torch.ones(2 * 2 * 16)
+# What torch.ops is given reaches the kernels as it is: (op, arguments, what the error says).
+DIRECT: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "lists": ("attention", ([X, X], [Y], [], NCHW * 2, NCHW, 2.0, 0, 0.5, True), "teacher"),
+    "no layers": ("attention", ([], [], [], [], [], 2.0, 0, 0.5, True), ""),
+    "short layout": ("attention", ([X], [Y], [], [1], NCHW, 2.0, 0, 0.5, True), "layout"),
+    "channels": ("attention", ([X], [Y], [], [9, 0, 0, 0], NCHW, 2.0, 0, 0.5, True), "student"),
+    "fold": ("attention", ([X], [Y], [], [1, 0, 2, 2], NCHW, 2.0, 0, 0.5, True), "student"),
+    "integers": ("attention", ([X.int()], [Y], [], NCHW, NCHW, 2.0, 0, 0.5, True), "student"),
+    "batches": ("attention", ([X], [Y[:1]], [], NCHW, NCHW, 2.0, 0, 0.5, True), "batch size 2"),
+    "mask": ("attention", ([X], [Y], [torch.ones(2, 3, 3, dtype=BOOL)], NCHW, NCHW, 2.0, 0, 0.5,
+                           True), "mask"),
+    "maps, lengths": ("attention_maps", ([X, X], [1], 2.0), "channel_dims"),
+    "maps, channels": ("attention_maps", ([X], [77], 2.0), "xs"),
+    "back, nothing": ("attention_backward", (G, [], [], M, [], [], [], [1, 4, 4], 2.0, 0, 0.5), ""),
+    "back, maps": ("attention_backward", (G, [X], [], M[1:], [0], [0], NCHW, [1, 4, 4], 2.0, 0,
+                                          0.5), "maps"),
+    "back, grad": ("attention_backward", (G.double(), [X], [], M, [0], [0], NCHW, [1, 4, 4], 2.0, 0,
+                                          0.5), "grad"),
+    "back, layers": ("attention_backward", (G, [X], [], M, [1], [0], NCHW, [1, 4, 4], 2.0, 0, 0.5),
+                     "xs"),
+    "back, space": ("attention_backward", (G, [X[..., :2, :]], [], M, [0], [0], NCHW, [1, 4, 4],
+                                           2.0, 0, 0.5), "xs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_calls_by_torch_ops(name: str) -> None:
+    """The kernels read memory by what they are told, so they look at it first."""
+    Target("compiled", "cpu").require()
+    op, arguments, said = DIRECT[name]
+    with pytest.raises((RuntimeError, NotImplementedError), match=said):
+        getattr(torch.ops.lwkd, op)(*arguments)
 
 
 def test_an_error_leaves_gradients_and_graphs_alone() -> None:
