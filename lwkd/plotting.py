@@ -110,10 +110,37 @@ def save(figure: Figure, path: str | Path) -> Path:
 
     Raises:
         ValueError: An ending that matplotlib does not know.
+        OSError: The file cannot be written.
+    """
+    path = check(path)
+    figure.savefig(path, dpi=150, facecolor="white")
+    return path
+
+
+def check(path: str | Path) -> Path:
+    """Raise what `save` would raise, before there is a figure: after hours it would be late.
+
+    Args:
+        path: As for `save`; its folders are made, and a file that is there is left as it is.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: An ending that matplotlib does not know.
+        OSError: The file cannot be written.
+        RuntimeError: matplotlib is not installed.
     """
     path = Path(path)
+    known = sorted(_new_figure(1, 1).canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        expected = f"a name that ends in one of {', '.join(known)}"
+        raise ValueError(message("plotting.save", "path", expected, repr(str(path))))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    new = not path.exists()
+    path.open("ab").close()
+    if new:
+        path.unlink()
     return path
 
 

@@ -27,15 +27,20 @@ REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
 KILLS = int(os.environ.get("LWKD_KILLS", "6"))
 
 
+def marked(item: pytest.Item, name: str) -> bool:
+    """By a mark alone: among an item's keywords are the ids of its parameters too."""
+    return item.get_closest_marker(name) is not None
+
+
 def lacks_the_second(item: pytest.Item) -> bool:
     """Whether a test asks for two GPUs and there is one: nobody has promised a second."""
-    return "two_gpus" in item.keywords and torch.cuda.device_count() == 1
+    return marked(item, "two_gpus") and torch.cuda.device_count() == 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = not (torch.cuda.is_available() or REQUIRE_GPU)
     for item in items:
-        if absent and "gpu" in item.keywords:
+        if absent and marked(item, "gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
         elif lacks_the_second(item):
             item.add_marker(pytest.mark.skip(reason="one GPU: another device is unproven"))
@@ -46,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """Where a GPU was promised, a skipped GPU test is a failure."""
     outcome = yield
     report = outcome.get_result()
-    promised = REQUIRE_GPU and "gpu" in item.keywords and not lacks_the_second(item)
+    promised = REQUIRE_GPU and marked(item, "gpu") and not lacks_the_second(item)
     if promised and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped although LWKD_REQUIRE_GPU=1"

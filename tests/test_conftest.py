@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class Item(SimpleNamespace):
     """A test, as far as conftest looks at it."""
 
+    def get_closest_marker(self, name: str) -> int | None:
+        return self.marks.get(name)
+
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
         self.reasons.append(mark.kwargs["reason"])
 
@@ -26,7 +29,7 @@ GPU, TWO = {"gpu": 1}, {"gpu": 1, "two_gpus": 1}
 
 
 @pytest.mark.parametrize(
-    ("keywords", "gpus", "required", "reasons"),
+    ("marks", "gpus", "required", "reasons"),
     [
         ({}, 0, False, []),
         (GPU, 0, False, ["no CUDA GPU on this machine"]),
@@ -40,7 +43,7 @@ GPU, TWO = {"gpu": 1}, {"gpu": 1, "two_gpus": 1}
     ],
 )
 def test_what_is_skipped(
-    keywords: dict[str, int],
+    marks: dict[str, int],
     gpus: int,
     required: bool,
     reasons: list[str],
@@ -49,13 +52,13 @@ def test_what_is_skipped(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(conftest, "REQUIRE_GPU", required)
-    item = Item(keywords=keywords, reasons=[])
+    item = Item(marks=marks, reasons=[])
     conftest.pytest_collection_modifyitems([item])
     assert item.reasons == reasons
 
 
 @pytest.mark.parametrize(
-    ("keywords", "gpus", "required", "outcome"),
+    ("marks", "gpus", "required", "outcome"),
     [
         (GPU, 1, True, "failed"),
         (GPU, 0, False, "skipped"),
@@ -66,7 +69,7 @@ def test_what_is_skipped(
     ],
 )
 def test_a_skip_where_a_gpu_was_promised_is_a_failure(
-    keywords: dict[str, int],
+    marks: dict[str, int],
     gpus: int,
     required: bool,
     outcome: str,
@@ -75,7 +78,7 @@ def test_a_skip_where_a_gpu_was_promised_is_a_failure(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(conftest, "REQUIRE_GPU", required)
     report = SimpleNamespace(skipped=True, outcome="skipped", longrepr="")
-    hook = conftest.pytest_runtest_makereport(Item(keywords=keywords, nodeid="x"), None)
+    hook = conftest.pytest_runtest_makereport(Item(marks=marks, nodeid="x"), None)
     next(hook)
     with pytest.raises(StopIteration):
         hook.send(SimpleNamespace(get_result=lambda: report))

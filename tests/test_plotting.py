@@ -101,6 +101,19 @@ def test_save_refuses_an_unknown_format(tmp_path: Path) -> None:
         plotting.save(plotting.layer_curves(rows()), tmp_path / "demo.xyz")
 
 
+def test_a_check_says_what_saving_would_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    (tmp_path / "old.png").write_bytes(b"picture")
+    for name in ("old.png", "new.PNG", "new/folder.svg"):
+        assert plotting.check(tmp_path / name) == tmp_path / name
+    assert {p.name for p in tmp_path.rglob("*")} == {"taken", "old.png", "new"}
+    assert (tmp_path / "old.png").read_bytes() == b"picture"
+    with pytest.raises(ValueError, match=r"path: expected a name that ends in one of .*svg"):
+        plotting.check(tmp_path / "demo")
+    with pytest.raises(OSError, match="taken"):
+        plotting.check(tmp_path / "taken/demo.png")
+
+
 def test_errors_name_argument_and_key() -> None:
     with pytest.raises(ValueError, match="layer_rows: expected at least one row"):
         plotting.layer_curves([])

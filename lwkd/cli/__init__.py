@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -55,11 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; None takes them from the command line.
 
     Returns:
-        The exit code: 0, or 1 where the command failed.
+        The exit code: 0, or 1 where the command failed. A reader that has gone away
+        (``python -m lwkd info | head -1``) is no failure.
 
     Raises:
         SystemExit: With 2 on wrong usage, 0 after ``--help``.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where it can be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if args.command is None:
@@ -70,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(args.run(args))
-    except (RuntimeError, ValueError) as error:  # what the library raises on purpose
+    except BrokenPipeError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:  # what is raised on purpose, or the disk
         print(f"error: {error}", file=sys.stderr)
         return 1

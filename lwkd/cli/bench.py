@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lwkd import ops
 from lwkd.cli import table
-from lwkd.cli.info import devices, versions
+from lwkd.cli.info import check_device, devices, versions
 from lwkd.ops import backends
 
 Shapes = Sequence[tuple[int, ...]]
@@ -110,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure and print."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device("bench", device)
     workloads = QUICK if args.quick else FULL
     rows: list[Row] = []
     on_gpu = device.startswith("cuda")

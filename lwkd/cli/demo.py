@@ -13,7 +13,11 @@ from statistics import fmean
 
 from lwkd import plotting, policy
 from lwkd.cli import digits, table
+from lwkd.cli.info import check_device
 from lwkd.ops.checks import message, suggest
+
+# The schedule ends near 0: a rate of fixed point would be all zeros.
+FORMS = {"distance": ".4f", "multiplier": ".2f", "rate": ".1e"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +55,24 @@ def _check(args: argparse.Namespace) -> None:
         got = repr(args.policy) + suggest(args.policy, policy.POLICIES)
         expected = f"one of {', '.join(policy.POLICIES)}"
         raise ValueError(message("demo", "--policy", expected, got))
+    check_device("demo", args.device)
+    digits.require()
+    try:
+        plotting.check(args.out)
+    except OSError as error:
+        got = f"{args.out!r}: {error.strerror}"
+        raise ValueError(message("demo", "--out", "a file that can be written", got)) from None
 
 
 def report(result: digits.Result, settings: digits.Settings) -> None:
     """Print the pairs, what happened to each layer, and the accuracies."""
     print(f"\nlayer pairs\n{result.pairs}")
+    uniform = change(result, digits.ARMS[0], result.layers[0], "rate")
     table.show(
-        ("layer", "distance, uniform", "distance, layer-wise", "rate multiplier, layer-wise"),
+        ("layer", "distance, uniform", "distance, layer-wise", "multiplier", "rate, layer-wise"),
         layer_table(result),
-        title=f"first batch → last epoch, mean of {settings.seeds} seed(s)",
-        align="lrrr",
+        title=f"first batch → last epoch, mean of {settings.seeds} seed(s); one rate: {uniform}",
+        align="lrrrr",
     )
     rows = [("teacher", f"{100 * result.teacher_accuracy:.1f} %")]
     rows += [(f"student, {arm}", _percent(*result.final(arm))) for arm in digits.ARMS]
@@ -68,25 +80,22 @@ def report(result: digits.Result, settings: digits.Settings) -> None:
     print(f"\n{verdict(result)}")
 
 
-def layer_table(result: digits.Result) -> list[tuple[str, str, str, str]]:
-    """Return, per layer, its distance in both arms and its multiplier, first → last."""
-
-    def change(arm: str, layer: str, key: str, form: str) -> str:
-        rows = [r for r in result.layer_rows if r["arm"] == arm and r["layer"] == layer]
-        ends = min(r["epoch"] for r in rows), max(r["epoch"] for r in rows)
-        means = (fmean(r[key] for r in rows if r["epoch"] == end) for end in ends)
-        return " → ".join(format(m, form) for m in means)
-
+def layer_table(result: digits.Result) -> list[tuple[str, ...]]:
+    """Return, per layer, its distance in both arms, its multiplier and rate, first → last."""
     uniform, layerwise = digits.ARMS
+    columns = ((uniform, "distance"), *((layerwise, k) for k in ("distance", "multiplier", "rate")))
     return [
-        (
-            layer,
-            change(uniform, layer, "distance", ".4f"),
-            change(layerwise, layer, "distance", ".4f"),
-            change(layerwise, layer, "multiplier", ".2f"),
-        )
+        (layer, *(change(result, arm, layer, key) for arm, key in columns))
         for layer in result.layers
     ]
+
+
+def change(result: digits.Result, arm: str, layer: str, key: str) -> str:
+    """Return "first → last" of a layer's distance, multiplier or rate, means over the seeds."""
+    rows = [r for r in result.layer_rows if r["arm"] == arm and r["layer"] == layer]
+    ends = min(r["epoch"] for r in rows), max(r["epoch"] for r in rows)
+    means = (fmean(r[key] for r in rows if r["epoch"] == end) for end in ends)
+    return " → ".join(format(m, FORMS[key]) for m in means)
 
 
 def verdict(result: digits.Result) -> str:

@@ -62,8 +62,8 @@ class Result:
         pairs: The table of paired layers, as text.
         layers: The student's layer names.
         teacher_accuracy: On the test images, in [0, 1].
-        layer_rows: Dicts of arm, seed, epoch, layer, distance, multiplier: the first batch at
-            epoch 0, then the means over each epoch.
+        layer_rows: Dicts of arm, seed, epoch, layer, distance, multiplier, rate (what the
+            optimizer used): the first batch at epoch 0, then the means over each epoch.
         accuracy_rows: Dicts of arm, seed, epoch, accuracy on the test images.
     """
 
@@ -107,18 +107,25 @@ def _stage(inside: int, outside: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.ReLU())
 
 
+def require() -> None:
+    """Raise where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise RuntimeError(
+            "the digits come with scikit-learn, which is not installed: pip install lwkd[examples]"
+        ) from None
+
+
 def load_digits(device: str, limit: int | None = None) -> tuple[Batch, Batch]:
     """Return (images, labels) to train and to test: float32 [N, 1, 8, 8] in [0, 1], int64 [N].
 
     Raises:
         RuntimeError: scikit-learn is not installed; the message says what to install.
     """
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise RuntimeError(
-            "the digits come with scikit-learn, which is not installed: pip install lwkd[examples]"
-        ) from None
+    require()
+    from sklearn import datasets
+
     data = datasets.load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
     labels = torch.tensor(data.target, dtype=torch.int64, device=device)
@@ -205,11 +212,13 @@ def _run(settings: Settings, train: Batch, test: Batch, tick: Callable[[], None]
         start = fresh((8, 16, 32), seed, settings.device)
         for arm in ARMS:
             student = copy.deepcopy(start)
-            for epoch, d, m in distil(student, teacher, pairs.names, arm, seed, train, settings):
+            for epoch, *seen in distil(student, teacher, pairs.names, arm, seed, train, settings):
                 where = {"arm": arm, "seed": seed, "epoch": epoch}
+                columns = (pairs.names, *(column.tolist() for column in seen))
+                keys = ("layer", "distance", "multiplier", "rate")
                 result.layer_rows.extend(
-                    {**where, "layer": layer, "distance": x, "multiplier": y}
-                    for layer, x, y in zip(pairs.names, d.tolist(), m.tolist(), strict=True)
+                    {**where, **dict(zip(keys, values, strict=True))}
+                    for values in zip(*columns, strict=True)
                 )
                 if epoch:
                     right = accuracy(student, test)
@@ -231,11 +240,12 @@ def distil(
     seed: int,
     data: Batch,
     settings: Settings,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Train one student; yield (epoch, distances [L], multipliers [L]), see `Result.layer_rows`."""
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Train one student; yield (epoch, distances [L], multipliers, rates): `Result.layer_rows`."""
     pairs = pair_layers(student, teacher, list(layers))
     groups = param_groups_layerwise(student, pairs, lr=settings.lr, weight_decay=1e-4)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
+    own = [next(g for g in optimizer.param_groups if g["name"] == layer) for layer in layers]
     steps = settings.epochs * (len(data[0]) // BATCH)
     base = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     layerwise = arm == "layer-wise"
@@ -254,9 +264,10 @@ def distil(
             (F.cross_entropy(logits, labels) + terms.total).backward()
             d = terms.per_layer.detach()
             m = rates.multipliers if rates is not None else torch.ones_like(d)
-            seen.append(torch.stack([d, m]))
+            rate = torch.tensor([group["lr"] for group in own]).to(d)
+            seen.append(torch.stack([d, m, rate]))
             if epoch == 1 and len(seen) == 1:
-                yield 0, d, m
+                yield 0, d, m, rate
             optimizer.step()
             if rates is not None:
                 rates.update(d)

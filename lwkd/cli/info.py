@@ -17,6 +17,7 @@ import torch
 from lwkd._version import __version__
 from lwkd.cli import table
 from lwkd.ops import backends
+from lwkd.ops.checks import message, suggest
 
 DEVICES = ("cpu", "cuda")
 
@@ -75,6 +76,24 @@ def devices() -> dict[str, str]:
         size = f"{facts.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{i}"] = f"{facts.name}, sm_{facts.major}{facts.minor}, {size}"
     return found
+
+
+def check_device(command: str, name: str) -> None:
+    """Raise where there is no such device, before anything runs on it.
+
+    Args:
+        command: Whose option ``--device`` is, for the message.
+        name: What was asked for: "cpu", "cuda" or one of `devices`.
+
+    Raises:
+        ValueError: Nothing of that name is here.
+    """
+    there = list(devices())
+    names = [*there, "cuda"] if len(there) > 1 else there
+    if name not in names:
+        why = f", and torch {torch.__version__} sees no CUDA device" if len(there) == 1 else ""
+        got = repr(name) + (why if name.startswith("cuda") else suggest(name, names))
+        raise ValueError(message(command, "--device", f"one of {', '.join(names)}", got))
 
 
 def op_names() -> list[str]:

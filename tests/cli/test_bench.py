@@ -69,6 +69,13 @@ def test_a_contender_that_computes_something_else_is_refused(factor: float) -> N
         bench._agree("case", "other", [x, factor * x], [x, x])
 
 
-def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--device", "gpu", "--quick"]) == 1
-    assert "error: " in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:1", "cpu:0", "mps"])
+def test_a_device_that_is_not_there_is_one_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["bench", "--device", name, "--quick"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: lwkd.bench: --device: expected one of cpu, got {name!r}")
+    assert error.count("\n") == 1
+    assert ("sees no CUDA device" in error) == name.startswith("cuda")

@@ -51,6 +51,18 @@ def test_only_the_layerwise_arm_changes_rates(result: digits.Result) -> None:
     assert len({r["multiplier"] for r in last}) == len(last)
 
 
+def test_the_rate_is_the_base_rate_times_the_multiplier(result: digits.Result) -> None:
+    first = pick(result.layer_rows, epoch=0)
+    assert [r["rate"] for r in first] == pytest.approx([TINY.lr] * len(first))
+    uniform, layerwise = (pick(result.layer_rows, arm=arm, epoch=1) for arm in digits.ARMS)
+    assert len({r["rate"] for r in uniform}) == 1  # all layers, both seeds: the cosine's
+    for row in layerwise:
+        # Means over an epoch of a product of two that fall: close to the product of the means.
+        product = row["multiplier"] * uniform[0]["rate"]
+        assert row["rate"] == pytest.approx(product, rel=0.1)
+        assert row["rate"] != uniform[0]["rate"]
+
+
 def test_students_approach_their_teacher(result: digits.Result) -> None:
     for arm in digits.ARMS:
         rows = pick(result.layer_rows, arm=arm)
@@ -112,7 +124,14 @@ def test_the_command_prints_tables_and_writes_the_picture(
     text = capsys.readouterr().out
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "student layer  shape" in text
-    assert text.count("→") >= 9  # three per layer
+    assert text.count("→") >= 12  # four per layer
+    table = text.split("; one rate: ")[1].split("\n\n")[0].split("\n")
+    assert table[0].startswith("5.0e-02 → ")
+    assert table[1].endswith("  rate, layer-wise")
+    assert max(map(len, table)) <= 100
+    assert table[3].startswith("stage1 ")
+    assert "1.00 → " in table[3]
+    assert "5.0e-02 → " in table[3]
     for line in ("teacher ", "student, uniform", "student, layer-wise"):
         assert line in text
     assert "one seed cannot tell" in text or "reach the same accuracy" in text
@@ -152,16 +171,63 @@ def test_mean_and_spread_are_over_the_last_epoch() -> None:
     [
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--epochs", "-1"], "--epochs: expected at least 1, got -1"),
+        (["--device", "cuda:99"], "--device: expected one of cpu"),
+        (["--device", "gpu"], "--device: expected one of cpu"),
+        (["--out", "demo.xyz"], "path: expected a name that ends in one of "),
+        (["--out", "demo"], "png, ps, raw"),
+        (["--out", "taken/demo.png"], "--out: expected a file that can be written, got 'taken/"),
+        (["--out", "folder.png"], "got 'folder.png': Is a directory"),
     ],
 )
-def test_wrong_options(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", *argv]) == 1
-    assert text in capsys.readouterr().err
-
-
-def test_without_scikit_learn_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_options(
+    argv: list[str],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert main(["demo"]) == 1
-    assert "pip install lwkd[examples]" in capsys.readouterr().err
+    """In one line, before anything is trained."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(digits, "run", None)
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder.png").mkdir()
+    assert main(["demo", *argv]) == 1
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.startswith("error: lwkd.")
+    assert error.count("\n") == 1
+
+
+def test_a_picture_that_is_there_survives_a_run_that_does_not_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "run", stop)
+    (tmp_path / "old.png").write_bytes(b"picture")
+    for name in ("old.png", "new.png"):
+        with pytest.raises(KeyboardInterrupt):
+            main(["demo", "--out", str(tmp_path / name)])
+    assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
+    assert (tmp_path / "old.png").read_bytes() == b"picture"
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [("sklearn", "pip install lwkd[examples]"), ("matplotlib.figure", "pip install lwkd[plot]")],
+)
+def test_without_an_extra_it_says_what_to_install(
+    module: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(digits, "run", None)  # nothing is trained before that
+    assert main(["demo", "--out", str(tmp_path / "demo.png")]) == 1
+    assert text in capsys.readouterr().err

@@ -31,6 +31,16 @@ def test_facts() -> None:
     assert len([d for d in facts["devices"] if d != "cpu"]) == torch.cuda.device_count()
 
 
+def test_devices_that_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "devices", lambda: {"cpu": "", "cuda:0": "", "cuda:1": ""})
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        info.check_device("demo", name)
+    with pytest.raises(ValueError, match=r"cpu, cuda:0, cuda:1, cuda, got 'cuda:2'$"):
+        info.check_device("demo", "cuda:2")
+    with pytest.raises(ValueError, match=r"got 'cpuu'; did you mean 'cpu'\?$"):
+        info.check_device("demo", "cpuu")
+
+
 def test_every_op_is_listed_with_who_serves_it_and_why_not() -> None:
     rows = {(r["op"], r["device"]): r for r in info.collect()["ops"]}
     assert {op for op, _ in rows} == {"attention", "attention_backward", "attention_maps"}

@@ -61,6 +61,29 @@ def test_what_the_library_raises_is_one_line_and_exit_code_1(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv", [["info"], ["info", "--json"], ["info", "--help"], []])
+def test_a_reader_that_has_gone_away_is_no_failure(argv: list[str]) -> None:
+    """As `python -m lwkd info | head -1`, where head was faster."""
+    command = [sys.executable, "-m", "lwkd", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        assert done.stdout is not None
+        done.stdout.close()
+        error = done.stderr.read() if done.stderr else b""
+    assert error == b""
+    assert done.returncode == 0
+
+
+def test_what_the_disk_says_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lwkd.cli.info.main", full)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
