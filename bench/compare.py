@@ -27,18 +27,37 @@ RIVALS = {
     "torchdistill": ("torchdistill",),
 }
 UNMEASURED, ABSENT = "unmeasured", "–"
+# What every row says; a pass over a whole step has no gbps, but says so.
+KEYS = (
+    "date", "commit", "device", "model", "malloc", "torch", "python", "served_by",
+    "case", "mode", "rival", "seconds", "to_floor", "to_ours", "gbps", "samples_per_s",
+)  # fmt: skip
 
 Row = dict[str, Any]
 Machine = tuple[str, str, str]  # device, model, malloc
 Measured = dict[tuple[str, str, str], Row]  # by case, mode, rival
 
 
+def _row(line: str, where: str) -> Row:
+    """One recorded line; raises ValueError that says where the line stands."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not a whole JSON object: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: not a whole JSON object: {line[:40]}")
+    missing = [key for key in KEYS if key not in row]
+    if missing:
+        raise ValueError(f"{where}: a row without {', '.join(missing)}")
+    return row
+
+
 def read(folder: Path) -> dict[Machine, Measured]:
     """The newest row of every case, mode and rival, machine by machine."""
     rows: list[Row] = []
     for file in sorted(folder.glob("*.jsonl")):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows += [json.loads(line) for line in lines if line.strip()]
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        rows += [_row(line, f"{file}, line {i}") for i, line in lines if line.strip()]
     machines: dict[Machine, Measured] = {}
     for row in sorted(rows, key=lambda r: r["date"]):  # stable: of one day the last line counts
         machine = (row["device"], row["model"], row["malloc"])
@@ -175,7 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=BENCH / "results")
     parser.add_argument("--readme", type=Path, default=BENCH.parent / "README.md")
     options = parser.parse_args(arguments)
-    machines = read(options.results)
+    try:
+        machines = read(options.results)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     for machine, measured in sorted(machines.items()):
         cases = CPU_CASES if machine[0] == "cpu" else GPU_CASES
         print(_heading(machine, measured).strip("*"))

@@ -1,0 +1,146 @@
+"""The README's tables: from rows to Markdown, and what is wrong with a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import compare
+from bench.cases import CPU_CASES, STEP_CASE
+
+Row = dict[str, Any]
+CASE = CPU_CASES[0]
+
+
+def row(rival: str = "lwkd", seconds: float = 0.002, **changes: Any) -> Row:
+    return {
+        "date": "2026-01-02", "commit": "abc1234", "device": "cpu", "model": "A CPU, 2 threads",
+        "malloc": "default", "torch": "2.13.0", "python": "3.11.7", "served_by": "compiled",
+        "case": CASE.name, "mode": "f", "rival": rival, "seconds": seconds,
+        "to_floor": seconds / 0.001, "to_ours": seconds / 0.002, "gbps": 12.5,
+        "samples_per_s": 16_000.0, **changes,
+    }  # fmt: skip
+
+
+def write(folder: Path, *rows: Row, name: str = "rows.jsonl") -> Path:
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def lines(folder: Path, start: str) -> list[str]:
+    text = compare.render(compare.read(folder))
+    return [line for line in text.split("\n") if line.startswith(start)]
+
+
+def test_a_row_becomes_a_line(tmp_path: Path) -> None:
+    rivals = (row(), row("eager", 0.006), row("eager norm", 0.005), row("compile", 0.004))
+    write(tmp_path, *rivals, row("floor", 0.001))
+    first, second = lines(tmp_path, f"| {CASE.title} |")
+    assert first == (
+        f"| {CASE.title} | f | **2.00 ×** torch.compile | 2.00 ms | 2.00 | 4.00 | 5.00 | – | – "
+        "| 12.5 | 16,000 |"
+    )
+    assert second.startswith(f"| {CASE.title} | f+b | unmeasured | – |")
+    (heading,) = lines(tmp_path, "**CPU")
+    assert "A CPU, 2 threads, torch 2.13.0, Python 3.11.7, default malloc, lwkd compiled" in heading
+    assert "2026-01-02, commit abc1234" in heading
+    (summary,) = lines(tmp_path, "Against")
+    assert "2.00 × as fast in the geometric mean over 1 rows" in summary
+
+
+def test_the_newest_row_counts(tmp_path: Path) -> None:
+    """By date, whatever the file; of one day the last line."""
+    write(tmp_path, row(seconds=0.004, date="2026-02-01"), row(seconds=0.003, date="2026-02-01"))
+    write(tmp_path, row(seconds=0.009, date="2026-01-31"), name="z.jsonl")
+    assert " 3.00 ms " in lines(tmp_path, f"| {CASE.title} | f |")[0]
+
+
+def test_machines_do_not_mix(tmp_path: Path) -> None:
+    write(tmp_path, row(), row(malloc="tuned", seconds=0.001), row(model="Another"))
+    assert len(lines(tmp_path, "**CPU")) == 3
+    times = [line.split(" | ")[3] for line in lines(tmp_path, f"| {CASE.title} | f |")]
+    assert sorted(times) == ["1.00 ms", "2.00 ms", "2.00 ms"]
+
+
+def test_what_no_gpu_has_measured_says_so(tmp_path: Path) -> None:
+    write(tmp_path, row())
+    assert lines(tmp_path, "**GPU") == ["**GPU: unmeasured**"]
+    assert all("| unmeasured |" in x for x in lines(tmp_path, f"| {STEP_CASE.title} |"))
+
+
+def test_a_step_on_a_gpu(tmp_path: Path) -> None:
+    step = row(
+        device="cuda", model="A GPU", malloc="", case=STEP_CASE.name, mode="step", gbps=None,
+        to_floor=1.034, seconds=0.2, extra_memory=-0.01, host_synchronisations=0, copy_gbps=2500.0,
+    )  # fmt: skip
+    write(tmp_path, step)
+    first, graph = lines(tmp_path, f"| {STEP_CASE.title} |")
+    assert "| step | **+3.4%** | -1.0% | 0 | 200.00 ms | 16,000 |" in first
+    assert "| step, graph | unmeasured |" in graph
+    assert "copy 2,500 to 2,500 GB/s" in lines(tmp_path, "**GPU")[0]
+
+
+@pytest.mark.parametrize("key", compare.KEYS)
+def test_a_row_without_a_key_is_named(key: str, tmp_path: Path) -> None:
+    bad = row()
+    del bad[key]
+    write(tmp_path, row(), bad)
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: a row without {key}$"):
+        compare.read(tmp_path)
+
+
+def readme(folder: Path, between: str = "") -> Path:
+    path = folder / "README.md"
+    path.write_text(f"before\n{compare.BEGIN}\n{between}\n{compare.END}\nafter\n")
+    return path
+
+
+def run(folder: Path, *options: str) -> int:
+    places = ["--results", str(folder), "--readme", str(folder / "README.md")]
+    return compare.main([*places, *options])
+
+
+@pytest.mark.parametrize("line", [json.dumps(row())[:40], "12", "{}]"])
+def test_a_line_that_is_no_row_is_one_clear_error(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.jsonl").write_text(json.dumps(row()) + "\n\n" + line)
+    before = readme(tmp_path).read_text()
+    assert run(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/cut.jsonl, line 3: not a whole JSON object" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "README.md").read_text() == before
+
+
+def test_check_tells_whether_the_readme_shows_the_rows(tmp_path: Path) -> None:
+    write(tmp_path, row())
+    path = readme(tmp_path)
+    old = path.read_text()
+    assert run(tmp_path, "--check") == 1
+    assert path.read_text() == old  # a check writes nothing
+    assert run(tmp_path) == 0
+    text = path.read_text()
+    assert text.startswith(f"before\n{compare.BEGIN}\n")
+    assert text.endswith(f"\n{compare.END}\nafter\n")
+    assert "| 2.00 ms |" in text
+    assert run(tmp_path, "--check") == 0
+    write(tmp_path, row(seconds=0.001))
+    assert run(tmp_path, "--check") == 1
+
+
+@pytest.mark.parametrize("text", ["", compare.BEGIN, f"{compare.END}{compare.BEGIN}"])
+def test_a_readme_without_markers(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert run(tmp_path) == 2
+    assert "README.md: one <!-- bench:begin -->" in capsys.readouterr().err
+
+
+def test_the_readme_shows_what_was_recorded() -> None:
+    """`python -m bench.compare` writes it."""
+    assert compare.main(["--check"]) == 0
