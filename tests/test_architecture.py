@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -151,11 +150,11 @@ ENVIRONMENT = re.compile(r"\bos\.(environ|getenv|putenv)\b|\bfrom os import .*en
 
 
 def test_the_environment_is_read_in_one_place() -> None:
-    """setup.py and tests/conftest.py; a bench may say what it needs of the allocator."""
-    allowed = {"setup.py", "tests/conftest.py", relative(Path(__file__))}
-    files = [ROOT / "setup.py", *sources("lwkd", "kernels", "tests", "examples")]
+    """setup.py and the tests' conftest.py; the bench's, for a row says what malloc it ran under."""
+    allowed = {"setup.py", "tests/conftest.py", "bench/conftest.py"}
+    files = [ROOT / "setup.py", *sources("lwkd", "kernels", "tests", "bench", "examples")]
     found = {relative(p) for p in files if ENVIRONMENT.search(p.read_text())}
-    assert found - allowed == set()
+    assert found - {relative(Path(__file__))} == allowed
     native = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     assert [relative(p) for p in native if "getenv" in p.read_text()] == []
 
@@ -202,13 +201,24 @@ def test_no_mutable_state_is_written_by_functions() -> None:
                 assert not written, f"{relative(path)}: {function.name} writes {node.value.id}"
 
 
-LONGEST, LIMIT = 400, 800
+LONGEST = 300
+# What is longer, how long it may be, and why; who needs more lines takes a file apart first.
+LONGER = {
+    "kernels/attention.py": (700, "the Triton kernels of one kind, forward and backward"),
+    "kernels/common.py": (440, "what all Triton kernels share: tables, tiles, launches"),
+    "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
+    "lwkd/layers.py": (600, "pairing: names, shapes, the table that is printed, capture"),
+    "lwkd/meters/attention.py": (360, "one kind's meter, streaming and not"),
+    "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),
+    "lwkd/plotting.py": (320, "one figure, and where its labels go"),
+    "lwkd/policy.py": (400, "every policy, a pure function each, with its formula"),
+    "lwkd/schedule.py": (520, "one class, most of it its contract; its state is in saved.py"),
+}
 
 
 def test_files_stay_short() -> None:
-    """Rarely over 300 lines: those over 400 are reported, and nothing may pass 800."""
     lengths = {relative(p): p.read_text().count("\n") for p in sources("lwkd", "kernels")}
     long = {path: lines for path, lines in lengths.items() if lines > LONGEST}
-    if long:
-        warnings.warn(f"long files: {long}", stacklevel=1)
-    assert max(lengths.values()) <= LIMIT, long
+    grown = {path: n for path, n in long.items() if n > LONGER.get(path, (LONGEST, ""))[0]}
+    assert grown == {}
+    assert LONGER.keys() - long.keys() == set()  # no longer long
