@@ -107,7 +107,7 @@ __device__ __forceinline__ A finite(A x) {
 // c · d|x|^p/dx, where c already holds the factor p; exactly 0 at x = 0 whatever c is.
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, One) {
-  return x == 0 ? A(0) : x < 0 ? -c : c;
+  return x > 0 ? c : x < 0 ? -c : x != x ? c : A(0);
 }
 template <typename A>
 __device__ __forceinline__ A slope(A c, A x, Two) {

@@ -154,15 +154,24 @@ def test_masks(gpu: Emulated, divergence: int, pooled: bool) -> None:
 
 
 @needs_gxx
-def test_masked_positions_may_hold_anything(gpu: Emulated) -> None:
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_masked_positions_may_hold_anything(gpu: Emulated, value: float, p: float) -> None:
+    """They change no bit of the distances, and nothing flows to them."""
     student, teacher = draw(2, 8, 5, 5), draw(2, 8, 5, 5)
     keep = torch.ones(2, 5, 5, dtype=torch.bool)
     keep[:, 2, 3] = False
-    clean = call(gpu, case(student, teacher, keep), 2.0, 0, 0.5, False)
-    student[:, :, 2, 3] = torch.nan
-    dirty = call(gpu, case(student, teacher, keep), 2.0, 0, 0.5, False)
-    assert torch.equal(clean[0], dirty[0])
-    assert torch.equal(clean[1], dirty[1])
+    clean = call(gpu, case(student, teacher, keep), p, 0, 0.5, False)
+    student[:, :, 2, 3] = value
+    for layout in (torch.contiguous_format, torch.channels_last):
+        c = case(student.contiguous(memory_format=layout), teacher, keep)
+        dirty = call(gpu, c, p, 0, 0.5, False)
+        if layout is torch.contiguous_format:
+            assert torch.equal(clean[0], dirty[0])
+            assert torch.equal(clean[1], dirty[1])
+        grad = call_backward(gpu, c, dirty[1], torch.ones_like(dirty[0]), p, 0, 0.5)[0]
+        assert grad.isfinite().all()
+        assert grad[:, :, 2, 3].eq(0).all()
 
 
 @needs_gxx
