@@ -251,6 +251,15 @@ def _inputs(student: Sequence[Tensor], teacher: Sequence[Tensor], *_: Any) -> li
     return [*student, *teacher]
 
 
+_PADDING = ((1, 1, 1), (1, 1), (1,), ())  # what makes a space of so many dimensions one of three
+
+
+def _layouts_of(items: list[int], layout: list[int]) -> list[int]:
+    if 4 * len(items) == len(layout):
+        return layout
+    return [v for i in items for v in layout[4 * i : 4 * i + 4]]
+
+
 def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     student, teacher, mask, s_layout, t_layout, p, divergence, beta, _ = args
     maps = output[1]
@@ -260,10 +269,11 @@ def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> Non
     s_items = [i for i, x in enumerate(student) if x.requires_grad]
     t_items = [i for i, x in enumerate(teacher) if x.requires_grad]
     layers, sides = s_items + t_items, [0] * len(s_items) + [1] * len(t_items)
-    layout = [v for i in s_items for v in s_layout[4 * i : 4 * i + 4]]
-    layout += [v for i in t_items for v in t_layout[4 * i : 4 * i + 4]]
-    spaces = reference.common_space(student, teacher, s_layout, t_layout)
-    space = [v for s in spaces for v in [1] * (3 - len(s)) + s]
+    layout = _layouts_of(s_items, s_layout) + _layouts_of(t_items, t_layout)
+    space: list[int] = []
+    for sizes in reference.common_space(student, teacher, s_layout, t_layout):
+        space += _PADDING[len(sizes)]
+        space += sizes
     ctx.masks = len(mask)
     ctx.options = (layers, sides, layout, space, p, divergence, beta)
     xs = [student[i] for i in s_items] + [teacher[i] for i in t_items]
