@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lwkd.layers import pair_layers
 from lwkd.losses import AttentionTransfer
+from lwkd.policy import Policy
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 ARMS = ("uniform", "layer-wise")
@@ -36,7 +37,7 @@ class Settings:
         seeds: How many students each arm trains.
         epochs: Of a student.
         teacher_epochs: Of the teacher.
-        policy: Of `LayerwiseLR`; None is its default.
+        policy: Of `LayerwiseLR`, a name or a callable; None is its default.
         device: Where everything runs.
         lr: The unscaled rate of both arms (SGD, momentum 0.9, cosine schedule). Of 0.05, 0.1 and
             0.2 with β = 3, 10 and 30, what serves the uniform arm best.
@@ -47,7 +48,7 @@ class Settings:
     seeds: int = 3
     epochs: int = 20
     teacher_epochs: int = 8
-    policy: str | None = None
+    policy: str | Policy | None = None
     device: str = "cpu"
     lr: float = 0.05
     beta: float = 3.0

@@ -14,7 +14,7 @@ from torch import Tensor
 import lwkd
 from tests import cases, oracle, tolerances
 from tests.cases import CASES, DTYPES, LAYOUTS, Case, Option, Target, each_target, fast_target
-from tests.ops.battery import close, one_thread
+from tests.ops.battery import agrees, close, one_thread
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -129,6 +129,37 @@ def test_around_the_tile(target: Target) -> None:
         for option in cases.options(0) + cases.options(1):
             if not target.slow or (dtype == "f32" and option.p in (1.0, 2.0)):
                 check(target, cases.TILES, dtype, layout, option)
+
+
+# Positions at which the CPU kernels change their ways (a vector, 2, 4 and 8 of them, and rows long
+# enough to be read four at once), and channels around a group of those that are added together.
+POSITIONS = (7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 127, 1023, 1024, 1029)
+CHANNELS = (1, 2, 3, 4, 5, 7, 63, 64, 65, 69, 131)
+
+
+@fast_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_around_vectors_and_groups(target: Target, dtype: torch.dtype) -> None:
+    """Fault 11: maps to the last bit, in exact arithmetic; gradients against the oracle."""
+    shapes = [(1, c, q) for q in POSITIONS for c in CHANNELS]
+    for p in (1.0, 2.0):
+        xs = [cases.draw(s, dtype, i, "integer").to(target.device) for i, s in enumerate(shapes)]
+        for x, m in zip(xs, target.maps(xs, p=p, channel_dim=1), strict=True):
+            assert torch.equal(m.double(), x.double().abs().pow(p).sum(1)), (p, x.shape)
+    chosen = [s for s in shapes if s[1] in (1, 5, 64)]
+    student, teacher = (
+        [cases.draw(s, dtype, j + 2 * i).to(target.device) for i, s in enumerate(chosen)]
+        for j in (0, 1)
+    )
+    agrees(target, student, teacher, channel_dim=1)
+
+
+@fast_target
+def test_a_gradient_of_many_pages(target: Target) -> None:
+    """Large gradients are allocated another way than small ones; all of it is written."""
+    x, y = (cases.draw((2, 21, 400, 320), torch.float32, i).to(target.device) for i in (1, 2))
+    assert x.numel() * x.element_size() > 16 << 20
+    agrees(target, [x], [y])
 
 
 # --- the exact lane ------------------------------------------------------------------------------
