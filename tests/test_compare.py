@@ -10,8 +10,10 @@ import pytest
 
 from bench import compare
 from bench.cases import CPU_CASES, STEP_CASE
+from bench.transfer import policies
 
 Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
 CASE = CPU_CASES[0]
 
 
@@ -144,3 +146,9 @@ def test_a_readme_without_markers(
 def test_the_readme_shows_what_was_recorded() -> None:
     """`python -m bench.compare` writes it."""
     assert compare.main(["--check"]) == 0
+
+
+def test_the_table_of_policies_is_that_of_the_recorded_rows() -> None:
+    rows = policies.read(ROOT / "bench/transfer/results/policies.jsonl")
+    assert {r["arm"] for r in rows} == set(policies.ARMS)
+    assert policies.table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")

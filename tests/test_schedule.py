@@ -945,7 +945,7 @@ def test_ten_thousand_updates_leave_nothing_behind(tensor):
             rates.step()
         if i == 100:
             before = live_tensors()
-    assert live_tensors() == before
+    assert live_tensors() <= before  # less: what other tests have left may go meanwhile
 
 
 def resident() -> int:

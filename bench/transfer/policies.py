@@ -1,6 +1,7 @@
 """Which policy serves a student best: all of them on the digits, against one rate, paired by seed.
 
     python -m bench.transfer.policies --record bench/transfer/results/policies.jsonl
+    python -m bench.transfer.policies --show bench/transfer/results/policies.jsonl
 
 Every arm distils the same students (same weights, same batches, same base schedule) and differs in
 the multipliers alone. What is compared is the accuracy on the 450 test images, arm minus uniform,
@@ -85,12 +86,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the recorded rows."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--record", type=Path, help="append the rows to this .jsonl file")
     parser.add_argument("--commit", default=None, help="what to record (default: ask git)")
+    parser.add_argument("--show", type=Path, help="measure nothing: the table of this .jsonl file")
     args = parser.parse_args()
+    if args.show:
+        print(table(read(args.show)))
+        return
     common = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": args.commit or commit(),

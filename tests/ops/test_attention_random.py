@@ -81,7 +81,7 @@ def test_random_calls(backend: str, call: Any) -> None:
 
 
 @given(call=calls())
-@settings(max_examples=8)
+@settings(max_examples=max(8, settings().max_examples // 20))
 @cpu_target
 def test_random_calls_everywhere(target: Target, call: Any) -> None:
     """A few for the interpreter too."""
