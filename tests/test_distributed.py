@@ -453,6 +453,29 @@ def test_weights_count_as_nothing_where_the_stamps_differ(other, reason, monkeyp
     assert pooled.mean.tolist() == ([0.0, 0.0] if reason else [3.0, 4.0])
 
 
+def test_a_stamp_says_which_step_and_which_update_of_it(monkeypatch):
+    """The ranks' layers are compared once; the count of updates starts anew with each step."""
+    stamps, compared = [], []
+
+    def pool(d, weight, *, stamp, **_):
+        stamps.append(stamp)
+        return distributed.Pooled(d, weight, distributed.Verdict(torch.zeros(2)))
+
+    monkeypatch.setattr(distributed, "is_active", lambda group: True)
+    monkeypatch.setattr(distributed, "agree", lambda *args: not compared.append(args))
+    monkeypatch.setattr(distributed, "pool", pool)
+    for updates in (3, 1):
+        _, optimizer, rates = build()
+        optimizer.step()
+        for _ in range(updates):
+            rates.update(torch.ones(2))
+        rates.step()
+        rates.update(None)
+    assert len(set(stamps[:4])) == 4
+    assert stamps[4:] == [stamps[0], stamps[3]]
+    assert len(compared) == 2  # once for each of the two schedulers
+
+
 @pytest.mark.gpu
 def test_gpu_pooling_does_not_synchronise(tmp_path):
     """Fault 26: the verdict travels behind the all-reduce, and whoever asks early gets None."""
