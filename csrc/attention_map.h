@@ -262,15 +262,18 @@ LWKD_INLINE void spread_few(T* dx, const T* x, const A* coefficient, int64_t dx_
   }
 }
 
-template <typename T, typename A, typename P>
+// One row: a coefficient a position, or (`kOne`) the same all along.
+template <bool kOne, typename T, typename A, typename P>
 LWKD_INLINE void spread_row(T* dx, const T* x, const A* coefficient, int64_t count, P p) {
+  using Vector = typename Lanes<A>::Vector;
   constexpr int kCount = Lanes<A>::kCount;
+  const Vector one = Vector{} + *coefficient;
   int64_t q = 0;
   for (; q + kCount <= count; q += kCount) {
     __builtin_prefetch(reinterpret_cast<const char*>(x + q) + kAhead);
-    store(slope(load(coefficient + q), load(x + q), p), dx + q);
+    store(slope(kOne ? one : load(coefficient + q), load(x + q), p), dx + q);
   }
-  for (; q < count; ++q) narrow(slope(coefficient[q], A(widen(x[q])), p), dx[q]);
+  for (; q < count; ++q) narrow(slope(coefficient[kOne ? 0 : q], A(widen(x[q])), p), dx[q]);
 }
 
 template <typename T, typename A, typename P>
@@ -279,7 +282,7 @@ LWKD_INLINE void spread_positions(T* dx, const T* x, const A* c, int64_t dx_stri
   constexpr int kCount = Lanes<A>::kCount;
   if (count < kCount || count > 8 * kCount)
     for (int64_t i = 0; i < channels; ++i)
-      spread_row(dx + i * dx_stride_c, x + i * stride_c, c, count, p);
+      spread_row<false>(dx + i * dx_stride_c, x + i * stride_c, c, count, p);
   else if (count > 4 * kCount)
     spread_few<8>(dx, x, c, dx_stride_c, stride_c, channels, count, p);
   else if (count > 2 * kCount)
@@ -292,24 +295,19 @@ template <typename T, typename A, typename P>
 LWKD_INLINE void spread_run(Order order, T* __restrict dx, const T* x, const A* coefficient,
                             int64_t dx_stride_c, int64_t dx_stride, int64_t stride_c,
                             int64_t stride, int64_t channels, int64_t count, P p) {
-  if (order == Order::kChannels) {
-    for (int64_t q = 0; q < count; ++q) {
-      const A k = coefficient[q];
-      const T* from = x + q * stride;
-      T* __restrict to = dx + q * dx_stride;
-#pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c)
-        narrow(slope(k, static_cast<A>(widen(from[c])), p), to[c]);
-    }
-  } else if (kNative<T, A> && order == Order::kPositions) {
-    if constexpr (kNative<T, A>)
-      spread_positions(dx, x, coefficient, dx_stride_c, stride_c, channels, count, p);
-  } else {
-    for (int64_t c = 0; c < channels; ++c)
+  if constexpr (kNative<T, A>) {
+    if (order == Order::kPositions)
+      return spread_positions(dx, x, coefficient, dx_stride_c, stride_c, channels, count, p);
+    if (order == Order::kChannels) {
       for (int64_t q = 0; q < count; ++q)
-        narrow(slope(coefficient[q], static_cast<A>(widen(x[c * stride_c + q * stride])), p),
-               dx[c * dx_stride_c + q * dx_stride]);
+        spread_row<true>(dx + q * dx_stride, x + q * stride, coefficient + q, channels, p);
+      return;
+    }
   }
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t q = 0; q < count; ++q)
+      narrow(slope(coefficient[q], static_cast<A>(widen(x[c * stride_c + q * stride])), p),
+             dx[c * dx_stride_c + q * dx_stride]);
 }
 
 }  // namespace lwkd

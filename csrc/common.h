@@ -56,7 +56,7 @@ inline bool is_dense(const Tensor& x) {
 // takes several times as long as writing them does.
 inline void advise(const Tensor& x, int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t kLarge = 16 << 20, kPage = 4096;
+  constexpr int64_t kLarge = 4 << 20, kPage = 4096;
   if (bytes < kLarge) return;
   const auto data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;

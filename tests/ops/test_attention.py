@@ -158,7 +158,7 @@ def test_around_vectors_and_groups(target: Target, dtype: torch.dtype) -> None:
 def test_a_gradient_of_many_pages(target: Target) -> None:
     """Large gradients are allocated another way than small ones; all of it is written."""
     x, y = (cases.draw((2, 21, 400, 320), torch.float32, i).to(target.device) for i in (1, 2))
-    assert x.numel() * x.element_size() > 16 << 20
+    assert x.numel() * x.element_size() > 4 << 20
     agrees(target, [x], [y])
 
 
