@@ -417,7 +417,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
                                        std::vector<int64_t> layers, std::vector<int64_t> sides,
                                        std::vector<int64_t> layout, std::vector<int64_t> space,
                                        double p, int64_t divergence, double beta) {
-  check_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
+  const auto operands = read_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
   const int64_t count = space.size() / 3, samples = xs[0].size(0);
   const bool wide = maps.scalar_type() == ScalarType::Double;
   const auto masks = read_masks(mask, count);
@@ -436,7 +436,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
     jobs.reserve(xs.size());
     for (size_t i = 0; i < xs.size(); ++i) {
       const int64_t l = layers[i], side = sides[i], map = samples * cells[l];
-      const Source x(read_operand(xs[i], &layout[4 * i], "xs", i));
+      const Source x(operands[i]);
       const Source dx(read_operand(out[i], &layout[4 * i], "gradient", i));
       jobs.push_back({x, dx, choose_spread(x.dtype, wide, p), first[l] + side * map,
                       first[l] + (1 - side) * map, l, cells[l], &space[3 * l],

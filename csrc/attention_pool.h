@@ -11,38 +11,50 @@ inline bool same_space(const Operand& o, const int64_t* space) {
   return o.size[0] == space[0] && o.size[1] == space[1] && o.size[2] == space[2];
 }
 
+// Calls run(cell, count, each) for every cell of `space`: it averages `count` positions of `in`,
+// and each(f) calls f(position) for all of them.
+template <typename Run>
+void each_cell(const int64_t* in, const int64_t* space, const Run& run) {
+  int64_t at[3], begin[3], end[3], cell = 0;
+  const auto bound = [&](int d) {
+    begin[d] = cell_begin(at[d], in[d], space[d]);
+    end[d] = cell_end(at[d], in[d], space[d]);
+  };
+  const auto each = [&](const auto& f) {
+    for (int64_t a = begin[0]; a < end[0]; ++a)
+      for (int64_t b = begin[1]; b < end[1]; ++b)
+        for (int64_t c = begin[2]; c < end[2]; ++c) f((a * in[1] + b) * in[2] + c);
+  };
+  for (at[0] = 0; at[0] < space[0]; ++at[0]) {
+    bound(0);
+    for (at[1] = 0; at[1] < space[1]; ++at[1]) {
+      bound(1);
+      for (at[2] = 0; at[2] < space[2]; ++at[2], ++cell) {
+        bound(2);
+        run(cell, (end[0] - begin[0]) * (end[1] - begin[1]) * (end[2] - begin[2]), each);
+      }
+    }
+  }
+}
+
 // Adaptive average pooling of one sample's map.
 template <typename A>
 void pool(const A* raw, const int64_t* in, A* out, const int64_t* space) {
-  for (int64_t i = 0, at = 0; i < space[0]; ++i)
-    for (int64_t j = 0; j < space[1]; ++j)
-      for (int64_t k = 0; k < space[2]; ++k, ++at) {
-        const int64_t i0 = cell_begin(i, in[0], space[0]), i1 = cell_end(i, in[0], space[0]);
-        const int64_t j0 = cell_begin(j, in[1], space[1]), j1 = cell_end(j, in[1], space[1]);
-        const int64_t k0 = cell_begin(k, in[2], space[2]), k1 = cell_end(k, in[2], space[2]);
-        double sum = 0;
-        for (int64_t a = i0; a < i1; ++a)
-          for (int64_t b = j0; b < j1; ++b)
-            for (int64_t c = k0; c < k1; ++c) sum += raw[(a * in[1] + b) * in[2] + c];
-        out[at] = static_cast<A>(sum / double((i1 - i0) * (j1 - j0) * (k1 - k0)));
-      }
+  each_cell(in, space, [&](int64_t cell, int64_t count, const auto& each) {
+    double sum = 0;
+    each([&](int64_t q) { sum += raw[q]; });
+    out[cell] = static_cast<A>(sum / double(count));
+  });
 }
 
-// Its transpose: raw position r gets the share of every cell that contains it.
+// Its transpose: raw position q gets the share of every cell that contains it.
 template <typename A>
 void unpool(const A* cells, const int64_t* space, A* raw, const int64_t* in) {
   for (int64_t q = 0; q < in[0] * in[1] * in[2]; ++q) raw[q] = 0;
-  for (int64_t i = 0, at = 0; i < space[0]; ++i)
-    for (int64_t j = 0; j < space[1]; ++j)
-      for (int64_t k = 0; k < space[2]; ++k, ++at) {
-        const int64_t i0 = cell_begin(i, in[0], space[0]), i1 = cell_end(i, in[0], space[0]);
-        const int64_t j0 = cell_begin(j, in[1], space[1]), j1 = cell_end(j, in[1], space[1]);
-        const int64_t k0 = cell_begin(k, in[2], space[2]), k1 = cell_end(k, in[2], space[2]);
-        const A share = cells[at] / static_cast<A>((i1 - i0) * (j1 - j0) * (k1 - k0));
-        for (int64_t a = i0; a < i1; ++a)
-          for (int64_t b = j0; b < j1; ++b)
-            for (int64_t c = k0; c < k1; ++c) raw[(a * in[1] + b) * in[2] + c] += share;
-      }
+  each_cell(in, space, [&](int64_t cell, int64_t count, const auto& each) {
+    const A share = cells[cell] / static_cast<A>(count);
+    each([&](int64_t q) { raw[q] += share; });
+  });
 }
 
 // One layer's mask: bool [N, *space] of any strides, or none.

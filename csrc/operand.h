@@ -140,12 +140,13 @@ inline void check_mask(const std::vector<Tensor>& mask, size_t layer, int64_t sa
 }
 
 // What attention_backward is given has to fit together: the kernels go by it without looking.
-inline void check_gradient_lists(const Tensor& grad, const std::vector<Tensor>& xs,
-                                 const std::vector<Tensor>& mask, const Tensor& maps,
-                                 const std::vector<int64_t>& layers,
-                                 const std::vector<int64_t>& sides,
-                                 const std::vector<int64_t>& layout,
-                                 const std::vector<int64_t>& space) {
+// Returns xs, read.
+inline std::vector<Operand> read_gradient_lists(const Tensor& grad, const std::vector<Tensor>& xs,
+                                                const std::vector<Tensor>& mask, const Tensor& maps,
+                                                const std::vector<int64_t>& layers,
+                                                const std::vector<int64_t>& sides,
+                                                const std::vector<int64_t>& layout,
+                                                const std::vector<int64_t>& space) {
   const int64_t length = space.size() / 3, count = xs.size();
   STD_TORCH_CHECK(count > 0 && space.size() % 3 == 0 && layers.size() == xs.size() &&
                       sides.size() == xs.size() && layout.size() == 4 * xs.size(),
@@ -167,13 +168,16 @@ inline void check_gradient_lists(const Tensor& grad, const std::vector<Tensor>& 
   STD_TORCH_CHECK(
       (grad.dim() == 1 || (grad.dim() == 2 && grad.size(1) == samples)) && grad.size(0) == length,
       "lwkd.ops: attention_backward: grad: expected [L] or [L, N]");
+  std::vector<Operand> operands;
   for (int64_t i = 0; i < count; ++i) {
-    const Operand x = read_operand(xs[i], &layout[4 * i], "xs", i);
+    operands.push_back(read_operand(xs[i], &layout[4 * i], "xs", i));
+    const Operand& x = operands.back();
     bool fits = layers[i] >= 0 && layers[i] < length && (sides[i] == 0 || sides[i] == 1);
     for (int d = 0; fits && d < 3; ++d) fits = space[3 * layers[i] + d] <= x.size[d];
     STD_TORCH_CHECK(fits && x.n == samples, "lwkd.ops: attention_backward: xs (layer ", i,
                     "): expected a tensor of its layer's space, got another shape");
   }
+  return operands;
 }
 
 }  // namespace lwkd

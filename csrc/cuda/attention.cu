@@ -112,7 +112,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
                                        std::vector<int64_t> layers, std::vector<int64_t> sides,
                                        std::vector<int64_t> layout, std::vector<int64_t> space,
                                        double p, int64_t divergence, double beta) {
-  check_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
+  const auto operands = read_gradient_lists(grad, xs, mask, maps, layers, sides, layout, space);
   const int64_t length = space.size() / 3, samples = xs[0].size(0);
   const bool wide = maps.scalar_type() == ScalarType::Double, mean = grad.dim() == 1;
   const int64_t element = wide ? 8 : 4;
@@ -128,7 +128,7 @@ std::vector<Tensor> attention_backward(Tensor grad, std::vector<Tensor> xs,
     out.push_back(fresh_like(xs[i]));
     const Operand dx = read_operand(out[i], &layout[4 * i], "gradient", i);
     GradientViews& job = jobs[i];
-    job.x = view_of(read_operand(xs[i], &layout[4 * i], "xs", i));
+    job.x = view_of(operands[i]);
     job.dx = view_of(dx);
     job.prefix = prefix_of(dx);
     std::copy_n(&space[3 * l], 3, job.space);

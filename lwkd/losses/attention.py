@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lwkd.losses.terms import LossTerms
 from lwkd.ops.attention import check_options, discrepancy
-from lwkd.ops.backends import BACKENDS
-from lwkd.ops.checks import message, suggest
+from lwkd.ops.backends import check_name
+from lwkd.ops.checks import message, number, suggest
 
 _OP = "losses.AttentionTransfer"
 _CONVENTIONS = ("code", "paper")
@@ -67,15 +67,11 @@ class AttentionTransfer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(beta, (int, float)):
-            raise TypeError(message(_OP, "beta", "a finite number ≥ 0", repr(beta)))
-        if not 0 <= beta < math.inf:
-            raise ValueError(message(_OP, "beta", "a finite number ≥ 0", beta))
+        number(_OP, "beta", beta, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
         if convention not in _CONVENTIONS:
             got = repr(convention) + suggest(str(convention), _CONVENTIONS)
             raise ValueError(message(_OP, "convention", f"one of {_CONVENTIONS}", got))
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(message(_OP, "backend", f"None or one of {BACKENDS}", repr(backend)))
+        check_name(_OP, backend)
         check_options(_OP, p, "l2", 0.5)
         self.beta, self.convention, self.p = float(beta), convention, float(p)
         self.channel_dim, self.tokens, self.backend = channel_dim, tokens, backend

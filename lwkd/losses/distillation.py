@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd.losses.terms import LossTerms
-from lwkd.ops.checks import message
+from lwkd.ops.checks import message, number
 
 _OP = "losses.KnowledgeDistillation"
 
@@ -39,13 +39,8 @@ class KnowledgeDistillation(nn.Module):
 
     def __init__(self, alpha: float = 0.5, tau: float = 4.0) -> None:
         super().__init__()
-        for argument, value in (("alpha", alpha), ("tau", tau)):
-            if not isinstance(value, (int, float)):
-                raise TypeError(message(_OP, argument, "a number", repr(value)))
-        if not 0 <= alpha <= 1:
-            raise ValueError(message(_OP, "alpha", "a number in [0, 1]", alpha))
-        if not 0 < tau < math.inf:
-            raise ValueError(message(_OP, "tau", "a positive finite number", tau))
+        number(_OP, "alpha", alpha, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        number(_OP, "tau", tau, "a positive finite number", lambda v: 0 < v < math.inf)
         self.alpha, self.tau = float(alpha), float(tau)
 
     def forward(

@@ -13,8 +13,8 @@ from torch import Tensor
 from lwkd.hooks import Capture, run, untouched
 from lwkd.layers import LayerPairs
 from lwkd.ops import attention_maps
-from lwkd.ops.attention import check_options, discrepancy
-from lwkd.ops.backends import BACKENDS
+from lwkd.ops.attention import channel_dims, check_options, discrepancy, folds
+from lwkd.ops.backends import check_name
 from lwkd.ops.checks import message
 
 _OP = "AttentionMeter"
@@ -92,16 +92,15 @@ class AttentionMeter:
         check_options(_OP, p, divergence, beta)
         if type(every) is not int or every < 1:
             raise ValueError(message(_OP, "every", "an int ≥ 1", repr(every)))
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(message(_OP, "backend", f"None or one of {BACKENDS}", repr(backend)))
+        check_name(_OP, backend)
         self.pairs, self.seed, self.every = pairs, seed, every
         self._p = p
         self._compare = partial(
             discrepancy, _OP, reduction="mean", backend=backend,
             p=1.0, channel_dim=1, divergence=divergence, beta=beta,
         )  # fmt: skip
-        self._folds = _folds(tokens)
-        self._dims = _channel_dims(channel_dim, len(pairs))
+        self._folds = folds(_OP, tokens)
+        self._dims = channel_dims(_OP, channel_dim, len(pairs))
         self._calls = 0
         self._hooks: ExitStack | None = None
         self._sides: tuple[Capture[Tensor], Capture[Tensor]] | None = None
@@ -222,7 +221,7 @@ class AttentionMeter:
 
     def _reduce(self, side: int, layer: int, x: Tensor) -> Tensor:
         """Reduce an activation to its map, [N, *space]."""
-        pair, fold, dim = self.pairs[layer], self._folds[side], self._dims[layer][side]
+        pair, fold, dim = self.pairs[layer], self._folds[side], self._dims[side][layer]
         argument, name = (("student", pair.student), ("teacher", pair.teacher))[side]
         if fold is not None:
             h, w, prefix = fold
@@ -319,29 +318,3 @@ def _split(
             got = f"{mask.dtype} {list(mask.shape)} on {mask.device}"
         raise ValueError(message(_OP, "mask", expected, got, layer=name))
     return list(mask.split([len(s) for s in student]))
-
-
-def _channel_dims(channel_dim: Any, length: int) -> list[tuple[int | None, int | None]]:
-    """One (student, teacher) pair of channel dimensions a layer."""
-    items = channel_dim if isinstance(channel_dim, list) else [channel_dim] * length
-    pairs = [item if isinstance(item, tuple) else (item, item) for item in items]
-    whole = all(len(p) == 2 and all(d is None or type(d) is int for d in p) for p in pairs)
-    if len(pairs) != length or not whole:
-        expected = f"None, an int, a (student, teacher) tuple, or a list of {length} of these"
-        raise ValueError(message(_OP, "channel_dim", expected, repr(channel_dim)))
-    return pairs
-
-
-def _folds(tokens: Any) -> tuple[Fold | None, Fold | None]:
-    """The (h, w, prefix) of student and teacher."""
-    sides = (None, None) if tokens is None else tokens
-    pair = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not pair or not all(fold is None or _is_fold(fold) for fold in sides):
-        expected = "a (student, teacher) pair, each None or (h, w, prefix)"
-        raise ValueError(message(_OP, "tokens", expected, repr(tokens)))
-    return sides[0], sides[1]
-
-
-def _is_fold(fold: Any) -> bool:
-    whole = isinstance(fold, (tuple, list)) and [type(v) for v in fold] == [int, int, int]
-    return whole and min(fold[0], fold[1], fold[2] + 1) > 0

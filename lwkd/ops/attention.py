@@ -52,8 +52,8 @@ def discrepancy(
     """Check the arguments of kind="attention" and call the op; see ops.layer_discrepancy."""
     s_shapes, t_shapes = operands.check_pairs(op, student, teacher)
     check_options(op, p, divergence, beta)
-    s_dims, t_dims = _channel_dims(op, channel_dim, len(student))
-    s_fold, t_fold = _folds(op, tokens)
+    s_dims, t_dims = channel_dims(op, channel_dim, len(student))
+    s_fold, t_fold = folds(op, tokens)
     s_layout = _layouts(op, "student", s_shapes, s_dims, s_fold)
     t_layout = _layouts(op, "teacher", t_shapes, t_dims, t_fold)
     _check_spaces(op, s_shapes, t_shapes, s_fold, t_fold)
@@ -74,7 +74,7 @@ def check_options(op: str, p: float, divergence: str, beta: float) -> None:
     number(op, "beta", beta, "a number in (0, 1)", lambda v: 0 < v < 1)
 
 
-def _channel_dims(op: str, channel_dim: Any, length: int) -> Pair:
+def channel_dims(op: str, channel_dim: Any, length: int) -> Pair:
     """The channel dimensions of (student, teacher), one a layer; None where nothing was said."""
     if isinstance(channel_dim, tuple):
         if len(channel_dim) != 2:
@@ -98,16 +98,17 @@ def _channel_dims(op: str, channel_dim: Any, length: int) -> Pair:
     return sides
 
 
-def _folds(op: str, tokens: Any) -> Pair:
+def folds(op: str, tokens: Any) -> Pair:
+    """The (h, w, prefix) of (student, teacher), None where space is not folded."""
     if tokens is None:
         return None, None
-    if not isinstance(tokens, (tuple, list)) or len(tokens) != 2 or not all(map(is_fold, tokens)):
+    if not isinstance(tokens, (tuple, list)) or len(tokens) != 2 or not all(map(_is_fold, tokens)):
         expected = "None or a (student, teacher) pair, each None or (h, w, prefix)"
         raise ValueError(message(op, "tokens", expected, repr(tokens)))
     return tokens[0], tokens[1]
 
 
-def is_fold(fold: Any) -> bool:
+def _is_fold(fold: Any) -> bool:
     """Tell whether this is one side of ``tokens``: None or (h, w, prefix)."""
     if fold is None:
         return True
@@ -215,7 +216,7 @@ def maps(op: str, xs: Sequence[Tensor], p: float, channel_dim: Any) -> list[Tens
     shapes = operands.check_list(op, "xs", xs)
     check_options(op, p, "l2", 0.5)
     each = list(channel_dim) if isinstance(channel_dim, tuple) else channel_dim
-    layout = _layouts(op, "xs", shapes, _channel_dims(op, each, len(xs))[0], None)
+    layout = _layouts(op, "xs", shapes, channel_dims(op, each, len(xs))[0], None)
     dims = layout[::4]
     return list(ATTENTION_MAPS("lwkd", xs, dims, float(p)))
 

@@ -240,12 +240,17 @@ def serving(device: str) -> str:
     return "reference"
 
 
+def check_name(op: str, backend: object) -> None:
+    """Raise unless this is the name of a backend, or None."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(message(op, "backend", f"None or one of {BACKENDS}", repr(backend)))
+
+
 def choose(op: str, backend: str | None, device: torch.device) -> str:
     """Return the namespace that serves ``backend``; one asked for and absent raises."""
+    check_name(op, backend)
     if backend is None:
         return "lwkd"
-    if backend not in BACKENDS:
-        raise ValueError(message(op, "backend", f"None or one of {BACKENDS}", repr(backend)))
     reason = unavailable(backend, device.type)
     if reason:
         raise RuntimeError(message(op, "backend", f"{backend!r} on {device.type}", reason))

@@ -464,17 +464,24 @@ def test_wrong_masks(networks):
         ({"every": 1.5}, "AttentionMeter: every"),
         ({"every": True}, "AttentionMeter: every: expected an int ≥ 1, got True"),
         ({"backend": "cuda"}, "AttentionMeter: backend: expected None or one of .* got 'cuda'"),
-        ({"tokens": 5}, r"AttentionMeter: tokens: expected a \(student, teacher\) pair, .* got 5"),
-        ({"tokens": ((8, 8, 1),)}, r"AttentionMeter: tokens: expected a \(student, teacher\) pair"),
+        (
+            {"tokens": 5},
+            r"AttentionMeter: tokens: expected None or a \(student, teacher\) pair, .* got 5",
+        ),
+        ({"tokens": ((8, 8, 1),)}, r"AttentionMeter: tokens: .* \(student, teacher\) pair, each"),
         ({"tokens": ((8, 8), None)}, "AttentionMeter: tokens"),
         ({"tokens": ((0, 8, 1), None)}, "AttentionMeter: tokens"),
-        ({"channel_dim": [1, 1]}, "AttentionMeter: channel_dim: .* or a list of 1 of these"),
+        (
+            {"channel_dim": [1, 1]},
+            "AttentionMeter: channel_dim: expected a list of 1, one a layer, got 2",
+        ),
         ({"channel_dim": (1, 1, 1)}, "AttentionMeter: channel_dim"),
         ({"channel_dim": "1"}, "AttentionMeter: channel_dim"),
     ],
 )
 def test_wrong_options(networks, options, text):
-    with pytest.raises(ValueError, match=text):
+    kind = TypeError if options.get("channel_dim") == "1" else ValueError
+    with pytest.raises(kind, match=text):
         AttentionMeter(pair_layers(*networks, ["layer1"]), **options)
 
 
