@@ -72,8 +72,8 @@ struct Source : Operand {
 // Channels that are summed before they are added to the map: the depth of roundings is then
 // kGroup + C / kGroup, and not C.
 constexpr int64_t kGroup = 64;
-constexpr int64_t kAhead = 4096;  // bytes: one stream, read so far ahead, is as fast as memory
-constexpr int64_t kLong = 1024;   // positions from which rows are read four at once
+constexpr int64_t kAhead = 8192;  // bytes: one stream, read so far ahead, is as fast as memory
+constexpr int kStep = 4;          // vectors of a row at a time: fewer would ask for a line twice
 
 template <int kElements, typename T>
 LWKD_INLINE void read_ahead(const T* row) {
@@ -113,47 +113,23 @@ LWKD_INLINE void sum_few(A* map, const T* x, int64_t stride_c, int64_t channels,
 }
 
 // One channel to what `map` holds, or in its place. Where channels lie side by side, one after the
-// other is one stream through memory; several short rows at once are streams too short for the
-// hardware to read ahead in.
+// other is one stream through memory; several rows at once are slower.
 template <bool kAdd, typename T, typename A, typename P>
 LWKD_INLINE void add_channel(A* map, const T* x, int64_t count, P p) {
   constexpr int kCount = Lanes<A>::kCount;
-  int64_t q = 0;
-  for (; q + kCount <= count; q += kCount) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + q) + kAhead);
+  const auto add = [&](int64_t q) LWKD_LAMBDA {
     const auto v = power(load(x + q), p);
     store(kAdd ? load(map + q) + v : v, map + q);
+  };
+  int64_t q = 0;
+  for (; q + kStep * kCount <= count; q += kStep * kCount) {
+    read_ahead<kStep * kCount>(x + q);
+    for (int v = 0; v < kStep; ++v) add(q + v * kCount);
   }
+  for (; q + kCount <= count; q += kCount) add(q);
   for (; q < count; ++q) {
     const A v = power(widen(x[q]), p);
     map[q] = kAdd ? map[q] + v : v;
-  }
-}
-
-// Four long rows at once; meanwhile the next four come to the cache in the order in which they lie
-// in memory, one a quarter of the way.
-template <bool kAdd, typename T, typename A, typename P>
-LWKD_INLINE void add_four(A* map, const T* x, int64_t stride_c, int64_t count, P p) {
-  constexpr int kCount = Lanes<A>::kCount;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* const r[4] = {x, x + stride_c, x + 2 * stride_c, x + 3 * stride_c};
-  const int64_t vectors = count / kCount;
-  for (int k = 0; k < 4; ++k) {
-    const T* next = r[k] + 4 * stride_c;
-    const int64_t end = vectors * (k + 1) / 4 * kCount;
-    for (int64_t q = vectors * k / 4 * kCount; q < end; q += kCount) {
-      for (int64_t line = 0; line < 4 * kCount; line += kLine)
-        __builtin_prefetch(next + line, 0, 2);
-      next += 4 * kCount;
-      const auto a = power(load(r[0] + q), p) + power(load(r[1] + q), p);
-      const auto b = power(load(r[2] + q), p) + power(load(r[3] + q), p);
-      store(kAdd ? load(map + q) + (a + b) : a + b, map + q);
-    }
-  }
-  for (int64_t q = vectors * kCount; q < count; ++q) {
-    const A a = power(widen(r[0][q]), p) + power(widen(r[1][q]), p);
-    const A b = power(widen(r[2][q]), p) + power(widen(r[3][q]), p);
-    map[q] = kAdd ? map[q] + (a + b) : a + b;
   }
 }
 
@@ -164,15 +140,8 @@ LWKD_INLINE void sum_many(A* map, const T* x, int64_t stride_c, int64_t channels
   for (int64_t begin = 0; begin < channels; begin += kGroup) {
     const int64_t end = std::min(begin + kGroup, channels);
     A* to = begin == 0 ? map : group;
-    int64_t c = begin + 1;
-    if (count >= kLong && begin + 4 <= end) {
-      add_four<false>(to, x + begin * stride_c, stride_c, count, p);
-      for (c = begin + 4; c + 4 <= end; c += 4)
-        add_four<true>(to, x + c * stride_c, stride_c, count, p);
-    } else {
-      add_channel<false>(to, x + begin * stride_c, count, p);
-    }
-    for (; c < end; ++c) add_channel<true>(to, x + c * stride_c, count, p);
+    add_channel<false>(to, x + begin * stride_c, count, p);
+    for (int64_t c = begin + 1; c < end; ++c) add_channel<true>(to, x + c * stride_c, count, p);
     for (int64_t q = 0; begin > 0 && q < count; ++q) map[q] += group[q];
   }
 }
@@ -268,11 +237,15 @@ LWKD_INLINE void spread_row(T* dx, const T* x, const A* coefficient, int64_t cou
   using Vector = typename Lanes<A>::Vector;
   constexpr int kCount = Lanes<A>::kCount;
   const Vector one = Vector{} + *coefficient;
-  int64_t q = 0;
-  for (; q + kCount <= count; q += kCount) {
-    __builtin_prefetch(reinterpret_cast<const char*>(x + q) + kAhead);
+  const auto spread = [&](int64_t q) LWKD_LAMBDA {
     store(slope(kOne ? one : load(coefficient + q), load(x + q), p), dx + q);
+  };
+  int64_t q = 0;
+  for (; q + kStep * kCount <= count; q += kStep * kCount) {
+    read_ahead<kStep * kCount>(x + q);
+    for (int v = 0; v < kStep; ++v) spread(q + v * kCount);
   }
+  for (; q + kCount <= count; q += kCount) spread(q);
   for (; q < count; ++q) narrow(slope(coefficient[kOne ? 0 : q], A(widen(x[q])), p), dx[q]);
 }
 

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 // A helper has to be inlined to become part of its caller's clone, lambdas too.
 #define LWKD_INLINE inline __attribute__((always_inline))
@@ -103,23 +102,6 @@ LWKD_INLINE A slope(A c, A x, Two) {
 template <typename A>
 LWKD_INLINE A slope(A c, A x, Any e) {
   return x == 0 ? A(0) : c * std::copysign(std::pow(std::fabs(x), static_cast<A>(e.p - 1)), x);
-}
-
-// log(1+u) to 1e-10 in plain arithmetic that becomes vector code; u > -1 (NaN and Inf give NaN).
-LWKD_INLINE double fast_log1p(double u) {
-  const double y = 1 + u;
-  const uint64_t bits = std::bit_cast<uint64_t>(y);
-  // The exponent of y/sqrt(1/2), biased by 1023, so that the mantissa lies in [0.707, 1.414).
-  const uint64_t biased = (bits - 0x3fe6a09e667f3bcdull + 0x3ff0000000000000ull) >> 52;
-  const double mantissa = std::bit_cast<double>(bits - ((biased - 1023) << 52));
-  const double exponent =
-      std::bit_cast<double>(biased | 0x4330000000000000ull) - (0x1p52 + 1023);  // no conversion
-  const double s = exponent == 0 ? u / (2 + u) : (mantissa - 1) / (mantissa + 1);
-  const double z = s * s;
-  const double series =
-      1 + z * (1.0 / 3 + z * (1.0 / 5 + z * (1.0 / 7 + z * (1.0 / 9 + z * (1.0 / 11 + z / 13)))));
-  const double value = exponent * 0.69314718055994530942 + 2 * s * series;
-  return y > 0 && y - y == 0 ? value : std::numeric_limits<double>::quiet_NaN();
 }
 
 }  // namespace lwkd
