@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -81,13 +82,13 @@ def commit() -> str:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (lines.read_text().splitlines() if lines.exists() else ())
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.processor() or platform.machine()
+    """The processor, with the numbers that tell generations of one name apart."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text().split("\n\n")[0] if file.exists() else ""
+    said = dict(re.findall(r"^(.*?)\s*: (.*)$", text, re.MULTILINE))
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in said:
+        name += f" (family {said['cpu family']}, model {said['model']})"
     level = torch.backends.cpu.get_cpu_capability()
     return f"{name}, {torch.get_num_threads()} threads, {level}"
 
