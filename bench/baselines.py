@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import Case, RowsCase
 
 Formula = Callable[[Sequence[Tensor], Sequence[Tensor], int], Sequence[Tensor]]
 
@@ -164,7 +164,12 @@ class Floor:
     """
 
     def __init__(
-        self, case: Case, students: Sequence[Tensor], teachers: Sequence[Tensor], *, backward: bool
+        self,
+        case: Case | RowsCase,
+        students: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        *,
+        backward: bool,
     ) -> None:
         sources = [flat(s) for s in students]
         inputs = sources + [flat(t) for t in teachers]

@@ -101,6 +101,37 @@ GPU_CASES = (
 
 
 @dataclass(frozen=True)
+class RowsCase:
+    """Jacobian rows [N, K] of one layer; the teacher's are ``apart`` of their norm away."""
+
+    name: str
+    title: str
+    device: str
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    normalize: bool = True
+    apart: float = 1e-2
+    small: bool = False
+    modes: tuple[str, ...] = (FORWARD, TRAINING)
+
+    @property
+    def samples(self) -> int:
+        return self.shape[0]
+
+    def bytes(self, mode: str) -> int:
+        """As of a Case: with a backward S is read again and dS written."""
+        return prod(self.shape) * self.dtype.itemsize * (4 if mode.startswith(TRAINING) else 2)
+
+    def quick(self) -> RowsCase:
+        return replace(self, title=f"{self.title} (quick)", shape=(3, 512))
+
+    def draw(self, seed: int) -> Inputs:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        s, noise = (torch.randn(self.shape, generator=generator, device=self.device) for _ in "sn")
+        return Inputs([s.to(self.dtype)], [(s + self.apart * noise).to(self.dtype)])
+
+
+@dataclass(frozen=True)
 class StepCase:
     """A whole distillation step: ResNet-50 teaches ResNet-18, with autocast to bfloat16."""
 
@@ -118,6 +149,18 @@ class StepCase:
         return replace(self, title=title, samples=2, side=64, classes=10, width=8)
 
 
+ROWS_CASES = tuple(
+    RowsCase(
+        f"{prefix}rows{'' if normalize else '-difference'}",
+        f"Jacobian rows [{shape[0]}, {shape[1]}]{tail}{'' if normalize else ', not normalised'}",
+        device, shape, dtype, normalize,
+    )
+    for prefix, device, shape, dtype, tail in (
+        ("", "cpu", (128, 150528), torch.float32, ""),
+        ("gpu-", "cuda", (1024, 150528), _HALF, ", bf16"),
+    )
+    for normalize in (True, False)
+)  # fmt: skip
 STEP_CASE = StepCase(
     "gpu-distillation", "Distillation step, ResNet-50 → ResNet-18, N=256, bf16", "cuda", 256, 224
 )

@@ -14,7 +14,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CPU_CASES, GPU_CASES, STEP_CASE, Case, StepCase
+from bench.cases import CPU_CASES, GPU_CASES, ROWS_CASES, STEP_CASE, Case, RowsCase, StepCase
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BENCH = Path(__file__).parent
@@ -27,6 +27,10 @@ RIVALS = {
     "torchdistill": ("torchdistill",),
 }
 UNMEASURED, ABSENT = "unmeasured", "–"
+CASES: dict[str, tuple[Case | RowsCase, ...]] = {
+    "cpu": (*CPU_CASES, *(case for case in ROWS_CASES if case.device == "cpu")),
+    "cuda": (*GPU_CASES, *(case for case in ROWS_CASES if case.device == "cuda")),
+}
 # What every row says; a pass over a whole step has no gbps, but says so.
 KEYS = (
     "date", "commit", "device", "model", "malloc", "torch", "python", "served_by",
@@ -76,7 +80,7 @@ def best_rival(measured: Measured, case: str, mode: str) -> Row | None:
     return _fastest(measured, case, mode, everyone)
 
 
-def _wins(measured: Measured, cases: Iterable[Case]) -> dict[str, float]:
+def _wins(measured: Measured, cases: Iterable[Case | RowsCase]) -> dict[str, float]:
     """How many times longer than ours the best rival takes, row by row."""
     wins = {}
     for case in cases:
@@ -107,7 +111,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _line(measured: Measured, case: Case, mode: str) -> list[str]:
+def _line(measured: Measured, case: Case | RowsCase, mode: str) -> list[str]:
     ours = measured.get((case.name, mode, OURS))
     if ours is None:
         return [case.title, mode, UNMEASURED, *[ABSENT] * (4 + len(RIVALS))]
@@ -148,7 +152,7 @@ def _heading(machine: Machine, measured: Measured) -> str:
     return f"**{'GPU' if device == 'cuda' else 'CPU'}: {', '.join(parts)}**"
 
 
-def _section(title: str, measured: Measured, cases: Sequence[Case]) -> list[str]:
+def _section(title: str, measured: Measured, cases: Sequence[Case | RowsCase]) -> list[str]:
     summary = _summary(_wins(measured, cases))
     head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
     head += [f"{column} / floor" for column in RIVALS] + ["GB/s", "samples/s"]
@@ -166,7 +170,8 @@ def render(machines: dict[Machine, Measured]) -> str:
         "the student's again and writes as much (f+b). Medians of ratios within a round.",
         "",
     ]
-    for device, label, cases in (("cpu", "CPU", CPU_CASES), ("cuda", "GPU", GPU_CASES)):
+    for device, label in (("cpu", "CPU"), ("cuda", "GPU")):
+        cases = CASES[device]
         here = {m: rows for m, rows in sorted(machines.items()) if m[0] == device}
         for machine, measured in here.items():
             out += _section(_heading(machine, measured), measured, cases)
@@ -200,9 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for machine, measured in sorted(machines.items()):
-        cases = CPU_CASES if machine[0] == "cpu" else GPU_CASES
         print(_heading(machine, measured).strip("*"))
-        print(_summary(_wins(measured, cases)) or "no rivals were measured")
+        print(_summary(_wins(measured, CASES[machine[0]])) or "no rivals were measured")
     old = options.readme.read_text(encoding="utf-8")
     try:
         new = splice(old, render(machines))

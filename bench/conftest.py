@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case, StepCase
+from bench.cases import Case, RowsCase, StepCase
 from lwkd.ops import backends
 
 REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
@@ -146,7 +146,7 @@ class Race:
 
     def __call__(
         self,
-        case: Case | StepCase,
+        case: Case | RowsCase | StepCase,
         mode: str,
         rivals: Mapping[str, Calls],
         *,

@@ -312,13 +312,6 @@ std::vector<Tensor> attention_maps(std::vector<Tensor> xs, std::vector<int64_t> 
 
 // --- backward -----------------------------------------------------------------------------------
 
-// Reads grad, [L] (of the mean) or [L, N], of any strides.
-template <typename A>
-double grad_at(const Tensor& grad, int64_t layer, int64_t n, int64_t samples) {
-  const A* g = static_cast<const A*>(grad.const_data_ptr()) + layer * grad.stride(0);
-  return grad.dim() == 1 ? double(*g) / double(samples) : double(g[n * grad.stride(1)]);
-}
-
 // A NaN that is masked out has the coefficient 0 and would still be a NaN in its gradient.
 template <typename A>
 void clear_uncounted(const Operand& dx, const A* coefficient, int64_t n, int64_t begin,
@@ -358,7 +351,7 @@ struct GradientJob {
     if (!same) pooled.resize(cells);
     A* at = same ? out : pooled.data();
     map_gradient(at, own + n * cells, other + n * cells, cells, keep, kept, o.js, weight,
-                 o.p * grad_at<A>(grad, layer, n, x.n));
+                 o.p * gradient_at(grad, layer, n, x.n));
     if (!same) unpool(at, space, out, x.size);
   }
 

@@ -12,26 +12,6 @@ namespace lwkd {
 constexpr double kEps = 1e-12;
 constexpr double kSeries = 0.02;  // below this |u| the series of f is exact to rounding
 
-template <typename V, typename A>
-LWKD_INLINE V read(const A* m) {
-  if constexpr (std::is_same_v<V, double>)
-    return *m;
-  else if constexpr (std::is_same_v<A, float>)
-    return __builtin_convertvector(read_bits<Float4>(m), V);
-  else
-    return read_bits<V>(m);
-}
-
-template <typename V, typename A>
-LWKD_INLINE void write(V v, A* m) {
-  if constexpr (std::is_same_v<V, double>)
-    *m = static_cast<A>(v);
-  else if constexpr (std::is_same_v<A, float>)
-    write_bits(__builtin_convertvector(v, Float4), m);
-  else
-    write_bits(v, m);
-}
-
 // Σ term(V(), q) over positions: eight partial sums, added in one fixed order.
 template <typename Term>
 LWKD_INLINE double sum_terms(int64_t count, const Term& term) {

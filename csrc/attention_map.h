@@ -72,14 +72,7 @@ struct Source : Operand {
 // Channels that are summed before they are added to the map: the depth of roundings is then
 // kGroup + C / kGroup, and not C.
 constexpr int64_t kGroup = 64;
-constexpr int64_t kAhead = 8192;  // bytes: one stream, read so far ahead, is as fast as memory
-constexpr int kStep = 4;          // vectors of a row at a time: fewer would ask for a line twice
-
-template <int kElements, typename T>
-LWKD_INLINE void read_ahead(const T* row) {
-  const char* ahead = reinterpret_cast<const char*>(row) + kAhead;
-  for (size_t line = 0; line < kElements * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
-}
+constexpr int kStep = 4;  // vectors of a row at a time: fewer would ask for a line twice
 
 // Up to 8 vectors of positions stay in registers while all channels go by. The last vector reaches
 // back over the one before it where `count` is no multiple, so that there is no tail. `kSets`

@@ -120,4 +120,33 @@ LWKD_INLINE double total(Double4 v) {
   return two[0] + two[1];
 }
 
+// As double, one (V = double) or four (V = Double4), whichever A is.
+template <typename V, typename A>
+LWKD_INLINE V read(const A* m) {
+  if constexpr (std::is_same_v<V, double>)
+    return *m;
+  else if constexpr (std::is_same_v<A, float>)
+    return __builtin_convertvector(read_bits<Float4>(m), V);
+  else
+    return read_bits<V>(m);
+}
+
+template <typename V, typename A>
+LWKD_INLINE void write(V v, A* m) {
+  if constexpr (std::is_same_v<V, double>)
+    *m = static_cast<A>(v);
+  else if constexpr (std::is_same_v<A, float>)
+    write_bits(__builtin_convertvector(v, Float4), m);
+  else
+    write_bits(v, m);
+}
+
+constexpr int64_t kAhead = 8192;  // bytes: one stream, read so far ahead, is as fast as memory
+
+template <int kElements, typename T>
+LWKD_INLINE void read_ahead(const T* row) {
+  const char* ahead = reinterpret_cast<const char*>(row) + kAhead;
+  for (size_t line = 0; line < kElements * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+}
+
 }  // namespace lwkd

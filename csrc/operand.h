@@ -19,6 +19,15 @@ inline Tensor make(const Tensor& like, const std::vector<int64_t>& size, bool wi
   return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
 }
 
+// Of one distance: reads grad, [L] (of the mean) or [L, N], float or double, of any strides.
+inline double gradient_at(const Tensor& grad, int64_t layer, int64_t n, int64_t samples) {
+  const int64_t at = layer * grad.stride(0) + (grad.dim() == 1 ? 0 : n * grad.stride(1));
+  const void* data = grad.const_data_ptr();
+  const double g = grad.scalar_type() == ScalarType::Double ? static_cast<const double*>(data)[at]
+                                                            : static_cast<const float*>(data)[at];
+  return grad.dim() == 1 ? g / double(samples) : g;
+}
+
 struct Operand {
   void* data;
   ScalarType dtype;

@@ -81,7 +81,7 @@ def attention_maps(xs: Sequence[Tensor], maps: Sequence[Tensor], p: float, dims:
     return out
 
 
-# --- distances: relative errors e of the entries of both maps, carried through the formula --------
+# --- distances: relative errors e of the entries of both maps, carried through the formula -------
 
 
 def _log_ratio(q: Tensor, mix: Tensor, u: float) -> Tensor:
@@ -135,7 +135,7 @@ def _slope_js(m: Tensor, other: Tensor, keep: Tensor, own: float, e: float, u: f
     return torch.where((ps > 0) & (total > 0), out, 0.0)
 
 
-# --- the whole verdict ----------------------------------------------------------------------------
+# --- the whole verdict ---------------------------------------------------------------------------
 
 
 class Verdict(NamedTuple):
@@ -212,3 +212,58 @@ def mean(verdict: Verdict, u: float) -> tuple[Tensor, Tensor]:
     """Value and bound of reduction="mean"."""
     value, n = oracle.mean(verdict.value), verdict.value.shape[1]
     return value, oracle.mean(verdict.value_bound) + gamma(n + 2, u) * value.abs() + 1e-300
+
+
+# --- Jacobian rows: every sum in float64, whatever the rows are ----------------------------------
+
+
+def rows(
+    sides: Sequence[Sequence[Tensor]],
+    dtypes: Sequence[Sequence[torch.dtype]],
+    value: Tensor,
+    weight: Tensor,
+    gradients: list[list[Tensor]],
+    way: str,
+) -> tuple[Tensor, list[list[Tensor]], list[list[Tensor]]]:
+    """Bounds on D [L, N] and on the gradients of Σ weight·D: (bounds of D, gradients, bounds).
+
+    sides: the rows in float64, student's and teacher's, of ``dtypes`` before. The oracle's own
+    float64 roundings are as many as ours: every bound is doubled.
+    """
+    out_dtype = torch.float64 if torch.float64 in [d for x in dtypes for d in x] else torch.float32
+    values, bounds = [], [[], []]
+    for i, (s, t) in enumerate(zip(*sides, strict=True)):
+        e = 2 * gamma(max(s[0:1].numel(), t[0:1].numel(), 1) + FORMULA, U[torch.float64])
+        values.append(_row_value(s.flatten(1), t.flatten(1), value[i], e, way))
+        for side, (x, y) in enumerate(((s, t), (t, s))):
+            w = weight[i].double().abs().reshape(-1, *[1] * (x.dim() - 1))
+            loose = w * _row_slope(x, y, e, way)
+            g = gradients[side][i].abs()
+            u = U[dtypes[side][i]]
+            bounds[side].append(loose + 2 * u * g + spacing(dtypes[side][i]) * (g != 0))
+    bound = torch.stack(values) + U[out_dtype] * value.abs() + spacing(out_dtype)
+    return bound, gradients, bounds
+
+
+def _row_value(s: Tensor, t: Tensor, d: Tensor, e: float, way: str) -> Tensor:
+    if way == "difference":
+        return e * d
+    if way == "norms":
+        return 4 * e * d.sqrt() + 4 * e * e
+    return torch.full_like(d, 4 * e) * (1 - (d == 0).double() * (s.abs().sum(1) == 0).double())
+
+
+def _row_slope(x: Tensor, y: Tensor, e: float, way: str) -> Tensor:
+    """Of dD/dx, where it is a difference of two terms: their sizes count, not what is left."""
+    shape = (-1, *[1] * (x.dim() - 1))
+    nx, ny = (z.flatten(1).norm(dim=1).reshape(shape) for z in (x, y))
+    alive = (nx >= oracle.EPS) & ((ny >= oracle.EPS) | (way == "norms"))
+    one = torch.ones_like(nx)
+    a, b = torch.where(alive, nx, one), torch.where(ny >= oracle.EPS, ny, one)
+    if way == "difference":
+        return 2 * e * (x.abs() + y.abs())
+    if way == "norms":
+        return (
+            torch.where(alive, 8 * e * ny / (nx + ny + (nx + ny == 0)).square() / a, 0.0) * x.abs()
+        )
+    return torch.where(alive, one, 0.0) * 6 * e * (2 * x.abs() / a.square() + 2 * y.abs() / (a * b))

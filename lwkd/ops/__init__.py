@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lwkd.ops import attention
+from lwkd.ops import attention, jacobian
 from lwkd.ops.checks import choice, message, suggest
 
 __all__ = ["KINDS", "attention_maps", "layer_discrepancy"]
 
-KINDS: dict[str, Callable[..., Tensor]] = {"attention": attention.discrepancy}
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "attention": attention.discrepancy,
+    "jacobian": jacobian.discrepancy,
+}
 _OPTIONS = {kind: tuple(run.__kwdefaults__ or ()) for kind, run in KINDS.items()}
 _REDUCTIONS = ("mean", "none")
 
@@ -36,19 +39,36 @@ def layer_discrepancy(
       D[n] = H(M) − βH(P_S) − (1−β)H(P_T) in nats, in [0, ln 2] at β = ½
       (source: Kokane, Uddin & Xu 2024).
 
+    kind="jacobian", with s and t the rows of the two Jacobians, flattened behind the batch
+    (source: Srinivas & Fleuret 2018):
+
+    * normalize=True: D[n] = ‖s/‖s‖ − t/‖t‖‖², in [0, 4]; a norm below 1e-12 is replaced by 1e-12
+      (both zero: 0, one zero: 1), and such a row's gradient is 0;
+    * normalize=False: D[n] = ‖s − t‖²;
+    * compare="norms": D[n] = ((‖s‖ − ‖t‖)/(‖s‖ + ‖t‖))², in [0, 1], for rows of any two lengths.
+
+    Sums over rows are in float64, so that a student that is a copy of its teacher, or a rescaled
+    copy, but for 1e-6 still is at the right distance, to 1e-2 of it (float32 rows).
+
     Differentiable once in student and teacher; a second derivative, forward-mode differentiation
     and ``torch.func`` transforms raise. Equal operands of equal
     layout are at a distance of exactly 0. NaN and Inf in an operand give NaN. An empty batch has
     distance 0.
 
     Args:
-        student: L tensors, float64/32/16 or bfloat16, any strides: [N, C, *space] with one to
-            three space dimensions, or tokens [N, T, D].
-        teacher: L tensors alike, on the same device and of the same N; C and space may differ.
-        kind: What is compared: "attention".
+        student: L tensors, float64/32/16 or bfloat16, any strides. Of "attention": [N, C, *space]
+            with one to three space dimensions, or tokens [N, T, D]. Of "jacobian": rows [N, ...].
+        teacher: L tensors alike, on the same device and of the same N. Of "attention" C and space
+            may differ; of "jacobian" shapes are equal, unless norms are compared.
+        kind: What is compared: "attention" or "jacobian".
         reduction: "mean" over the batch, or "none".
         backend: None (the dispatcher chooses), "reference", "compiled" or "triton".
-        **options: For kind="attention":
+        **options: For kind="jacobian":
+
+            * normalize (bool, default True): compare directions, not sizes;
+            * compare (str, default "difference"): "difference" or "norms".
+
+            For kind="attention":
 
             * p (float, default 2.0): power of the map, ≥ 1;
             * divergence (str, default "l2"): "l2" or "js";
@@ -77,6 +97,9 @@ def layer_discrepancy(
     torch.Size([2])
     >>> float(lwkd.ops.layer_discrepancy([x], [x])[0])
     0.0
+    >>> s, t = torch.tensor([[3.0, 4.0]]), torch.tensor([[30.0, 40.0]])
+    >>> lwkd.ops.layer_discrepancy([s], [t], kind="jacobian", normalize=False)
+    tensor([2025.])
     """
     op = "ops.layer_discrepancy"
     choice(op, "kind", kind, tuple(KINDS))

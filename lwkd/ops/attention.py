@@ -235,7 +235,7 @@ def _fake(
     beta: float,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = reference.compute_dtype(student, teacher)
+    dtype = operands.compute_dtype(student, teacher)
     n = student[0].shape[0]
     spaces = reference.common_space(student, teacher, student_layout, teacher_layout)
     cells = sum(reference.numel(s) for s in spaces)
@@ -327,9 +327,7 @@ ATTENTION_BACKWARD = backends.Op(
 
 def _maps_fake(xs: Sequence[Tensor], channel_dims: list[int], p: float) -> list[Tensor]:
     return [
-        x.new_empty(
-            [s for d, s in enumerate(x.shape) if d != c], dtype=reference.compute_dtype([x])
-        )
+        x.new_empty([s for d, s in enumerate(x.shape) if d != c], dtype=operands.compute_dtype([x]))
         for x, c in zip(xs, channel_dims, strict=True)
     ]
 

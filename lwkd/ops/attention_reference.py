@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lwkd.ops.operands import compute_dtype
+
 EPS = 1e-12
 DIVERGENCES = {"l2": 0, "js": 1}
 _SERIES = 0.02  # below this |u| the series of f is exact to rounding
@@ -55,12 +57,6 @@ def common_space(
 def _by_four(layout: list[int]) -> Iterable[tuple[int, ...]]:
     fields = iter(layout)
     return zip(fields, fields, fields, fields, strict=True)
-
-
-def compute_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
-    """float64 where any operand is, else float32."""
-    wide = any(x.dtype == torch.float64 for xs in lists for x in xs)
-    return torch.float64 if wide else torch.float32
 
 
 def numel(sizes: Sequence[int]) -> int:

@@ -80,3 +80,22 @@ def choice(op: str, argument: str, value: object, names: tuple[str, ...]) -> Non
     """
     if not isinstance(value, str) or value not in names:
         raise ValueError(message(op, argument, f"one of {names}", repr(value)))
+
+
+def flag(op: str, argument: str, value: object) -> None:
+    """Raise unless ``value`` is True or False.
+
+    Args:
+        op: As in `message`.
+        argument: As in `message`.
+        value: What came.
+
+    Raises:
+        TypeError: It is neither.
+
+    >>> flag("ops.layer_discrepancy", "normalize", "no")
+    Traceback (most recent call last):
+    TypeError: lwkd.ops.layer_discrepancy: normalize: expected True or False, got 'no'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(message(op, argument, "True or False", repr(value)))

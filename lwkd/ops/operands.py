@@ -68,3 +68,9 @@ def check_pairs(
                 expected = f"batch size {n}, as student's layer 0"
                 raise ValueError(message(op, argument, expected, list(size), layer=i))
     return shapes
+
+
+def compute_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
+    """float64 where any operand is, else float32."""
+    wide = any(x.dtype == torch.float64 for xs in lists for x in xs)
+    return torch.float64 if wide else torch.float32

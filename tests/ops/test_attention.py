@@ -131,8 +131,8 @@ def test_around_the_tile(target: Target) -> None:
                 check(target, cases.TILES, dtype, layout, option)
 
 
-# Positions at which the CPU kernels change their ways (a vector, 2, 4 and 8 of them, and rows long
-# enough to be read four at once), and channels around a group of those that are added together.
+# Positions at which the CPU kernels change their ways (a vector, 2, 4 and 8 of them, a line of
+# prefetching more or less), and channels around a group of those that are added together.
 POSITIONS = (7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 127, 1023, 1024, 1029)
 CHANNELS = (1, 2, 3, 4, 5, 7, 63, 64, 65, 69, 131)
 

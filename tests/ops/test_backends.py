@@ -18,7 +18,9 @@ from tests import cases
 from tests.cases import TARGETS, Target
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = ("attention", "attention_backward", "attention_maps")
+OPS = (
+    "attention", "attention_backward", "attention_maps", "jacobian_rows", "jacobian_rows_backward",
+)  # fmt: skip
 
 
 # --- this machine --------------------------------------------------------------------------------

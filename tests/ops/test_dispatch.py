@@ -21,7 +21,9 @@ from tests.ops.battery import one_thread
 
 __all__ = ["one_thread"]  # a fixture
 NAMESPACES = ("lwkd", "lwkd_reference", "lwkd_triton")
-OPS = ("attention", "attention_backward", "attention_maps")
+OPS = (
+    "attention", "attention_backward", "attention_maps", "jacobian_rows", "jacobian_rows_backward",
+)  # fmt: skip
 # A backend that PyTorch traces through without generating code, and in which a triton kernel of
 # the interpreter is one opaque call as any other.
 EAGER = "aot_eager"
@@ -93,6 +95,31 @@ def map_samples() -> list[tuple[Any, ...]]:
     ]
 
 
+def rows_samples() -> list[tuple[Any, ...]]:
+    """Arguments of lwkd::jacobian_rows: all three ways, layouts, mixed dtypes, nothing."""
+    x, y = (cases.draw((3, 4, 5), torch.float32, i) for i in range(2))
+    half, last = x.bfloat16(), LAYOUTS["channels_last"]
+    return [
+        ([grown(x), half], [y, grown(y.double())], 1, True),
+        ([grown(last(x))], [grown(LAYOUTS["strided"](y))], 0, False),
+        ([grown(half)], [y[:, :2]], 2, True),
+        ([grown(x[:0])], [y[:0]], 1, False),
+    ]
+
+
+def rows_backward_samples(namespace: str) -> list[tuple[Any, ...]]:
+    """Arguments of lwkd::jacobian_rows_backward, with the sums that the forward makes."""
+    out = []
+    for student, teacher, how, mean in rows_samples():
+        student, teacher = ([x.detach() for x in xs] for xs in (student, teacher))
+        d, sums = getattr(torch.ops, namespace).jacobian_rows(student, teacher, how, mean)
+        grad = torch.ones((), dtype=d.dtype).expand(d.shape)  # strides of 0
+        n, xs, others = len(student), [*student, *teacher], [*teacher, *student]
+        layers, sides = [*range(n)] * 2, [0] * n + [1] * n
+        out.append((grad, xs, [] if how == 2 else others, sums, layers, sides, how))
+    return out
+
+
 def test_every_overload_is_checked() -> None:
     found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lwkd")}
     assert found == {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
@@ -112,6 +139,8 @@ def test_opcheck(namespace: str, op: str) -> None:
         "attention": attention_samples,
         "attention_backward": lambda: backward_samples(namespace),
         "attention_maps": map_samples,
+        "jacobian_rows": rows_samples,
+        "jacobian_rows_backward": lambda: rows_backward_samples(namespace),
     }[op]()
     for args in samples[: 2 if namespace == "lwkd_triton" else None]:
         result = torch.library.opcheck(overload, args)

@@ -59,7 +59,8 @@ OPERANDS: dict[str, tuple[Any, ...]] = {
                           "a tensor on cpu, as layer 0", "meta"),
 }  # fmt: skip
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "kind": ({"kind": "atention"}, ValueError, "kind", None, "('attention',)", "'atention'"),
+    "kind": ({"kind": "atention"}, ValueError, "kind", None, "('attention', 'jacobian')",
+             "'atention'"),
     "reduction": ({"reduction": "sum"}, ValueError, "reduction", None, "('mean', 'none')", "'sum'"),
     "divergence": ({"divergence": "kl"}, ValueError, "divergence", None, "('l2', 'js')", "'kl'"),
     "backend": ({"backend": "cuda"}, ValueError, "backend", None,
@@ -104,7 +105,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "no beta": ({"beta": None}, TypeError, "beta", None, "a number in (0, 1)", "None"),
     "a list of divergences": ({"divergence": ["l2"]}, ValueError, "divergence", None,
                               "one of ('l2', 'js')", "['l2']"),
-    "a list of kinds": ({"kind": ["attention"]}, ValueError, "kind", None, "('attention',)", "]"),
+    "a list of kinds": ({"kind": ["attention"]}, ValueError, "kind", None,
+                        "one of ('attention', 'jacobian')", "['attention']"),
     "a misspelt option": ({"chanel_dim": 1}, TypeError, "options", None, "channel_dim, tokens",
                           "'chanel_dim'; did you mean 'channel_dim'?"),
     "half a dimension": ({"channel_dim": 1.0}, TypeError, "channel_dim", None, "None, an int", "1"),
@@ -166,6 +168,32 @@ def test_options(name: str) -> None:
     raises(call, exception, pattern("ops.layer_discrepancy", *parts), [X], [Y])
 
 
+ROWS: dict[str, tuple[Any, ...]] = {
+    "shapes": ([X, X], [X, Y], {}, ValueError, "teacher", 1, "shape [2, 3, 4, 4], as the student's",
+               "[2, 5, 4, 4]"),
+    "no rows": ([X[:, 0, 0, 0]], [X], {"compare": "norms"}, ValueError, "student", 0,
+                "rows [N, ...]", "shape [2]"),
+    "batches": ([X], [X[:1]], {}, ValueError, "teacher", 0, "batch size 2", "[1, 3, 4, 4]"),
+    "integers": ([X], [X.int()], {}, TypeError, "teacher", 0, "float64, float32", "torch.int32"),
+    "normalize": ([X], [X], {"normalize": 1}, TypeError, "normalize", None, "True or False", "1"),
+    "compare": ([X], [X], {"compare": "angles"}, ValueError, "compare", None,
+                "one of ('difference', 'norms')", "'angles'"),
+    "of another kind": ([X], [X], {"divergence": "js"}, TypeError, "options", None,
+                        "those of kind='jacobian': normalize, compare", "'divergence'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str) -> None:
+    student, teacher, options, exception, *parts = ROWS[name]
+
+    def call() -> None:
+        lwkd.ops.layer_discrepancy(student, teacher, kind="jacobian", **options)
+
+    match = pattern("ops.layer_discrepancy", *parts)
+    raises(call, exception, match, student, teacher)
+
+
 MAPS: dict[str, tuple[Any, ...]] = {
     "no list": (X, {}, TypeError, "xs", None, "a list of tensors", "Tensor"),
     "empty": ([], {}, ValueError, "xs", None, "at least one tensor", "an empty list"),
@@ -203,6 +231,7 @@ def test_nested_tensors() -> None:
 
 NCHW = [1, 0, 0, 0]
 G, M = torch.ones(1), torch.ones(2 * 2 * 16)
+SUMS = torch.ones(1, 2, 3, dtype=torch.float64)
 # What torch.ops is given reaches the kernels as it is: (op, arguments, what the error says).
 DIRECT: dict[str, tuple[str, tuple[Any, ...], str]] = {
     "lists": ("attention", ([X, X], [Y], [], NCHW * 2, NCHW, 2.0, 0, 0.5, True), "teacher"),
@@ -223,6 +252,15 @@ DIRECT: dict[str, tuple[str, tuple[Any, ...], str]] = {
                                           0.5), "grad"),
     "back, layers": ("attention_backward", (G, [X], [], M, [1], [0], NCHW, [1, 4, 4], 2.0, 0, 0.5),
                      "xs"),
+    "rows, lists": ("jacobian_rows", ([X, X], [X], 1, True), "teacher"),
+    "rows, shapes": ("jacobian_rows", ([X], [Y], 1, True), "the student's shape"),
+    "rows, how": ("jacobian_rows", ([X], [X], 3, True), "how"),
+    "rows, integers": ("jacobian_rows", ([X.int()], [X], 1, True), "student"),
+    "rows back, sums": ("jacobian_rows_backward", (G, [X], [X], M, [0], [0], 1), "sums"),
+    "rows back, others": ("jacobian_rows_backward", (G, [X], [], SUMS, [0], [0], 1), "other row"),
+    "rows back, layers": ("jacobian_rows_backward", (G, [X], [X], SUMS, [1], [0], 1), "layers"),
+    "rows back, grad": ("jacobian_rows_backward", (G[:0], [X], [X], SUMS, [0], [0], 1), "grad"),
+    "rows back, shapes": ("jacobian_rows_backward", (G, [X], [Y], SUMS, [0], [0], 1), "others"),
     "back, space": ("attention_backward", (G, [X[..., :2, :]], [], M, [0], [0], NCHW, [1, 4, 4],
                                            2.0, 0, 0.5), "xs"),
 }  # fmt: skip

@@ -1,0 +1,416 @@
+// CPU kernels of the Jacobian kind: rows, all layers of a call at once, every row read once on the
+// way forward and once on the way back. lwkd/ops/jacobian.py states the formulas.
+#include <cmath>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "rows.h"
+
+namespace lwkd {
+namespace {
+
+constexpr double kEps = 1e-12;
+enum How { kDifference, kNormalized, kNorms };
+using Sums = std::array<double, 3>;  // Σs², Σt², Σst; of kDifference Σ(s − t)², 0, 0
+
+// --- a piece of a row, side by side in memory
+// -----------------------------------------------------
+
+// Adds term(V(), q), kTerms numbers a position, over positions: 16 partial sums each, added in one
+// fixed order.
+template <int kTerms, typename A, typename Term>
+LWKD_INLINE void sum_piece(const A* s, const A* t, int64_t count, double* out, const Term& term) {
+  Double4 sum[kTerms][4] = {};
+  int64_t q = 0;
+  for (; q + 16 <= count; q += 16) {
+    read_ahead<16>(s + q);
+    read_ahead<16>(t + q);
+    for (int v = 0; v < 4; ++v) {
+      const auto terms = term(Double4{}, q + 4 * v);
+      for (int k = 0; k < kTerms; ++k) sum[k][v] += terms[k];
+    }
+  }
+  for (int lane = 0; q < count; ++q, ++lane) {
+    const auto terms = term(double(), q);
+    for (int k = 0; k < kTerms; ++k) sum[k][lane / 4][lane % 4] += terms[k];
+  }
+  for (int k = 0; k < kTerms; ++k)
+    out[k] = total((sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]));
+}
+
+template <typename A>
+LWKD_INLINE void sum_difference(const A* s, const A* t, int64_t count, double* out) {
+  sum_piece<1>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V d = read<V>(s + q) - read<V>(t + q);
+    return std::array<V, 1>{d * d};
+  });
+}
+
+template <typename A>
+LWKD_INLINE void sum_products(const A* s, const A* t, int64_t count, double* out) {
+  sum_piece<3>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V a = read<V>(s + q), b = read<V>(t + q);
+    return std::array<V, 3>{a * a, b * b, a * b};
+  });
+}
+
+template <typename A>
+LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
+  sum_piece<1>(x, x, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V a = read<V>(x + q);
+    return std::array<V, 1>{a * a};
+  });
+}
+
+// dx = own · x + other · y, in double: what is left of two nearly equal rows keeps its digits.
+template <bool kOther, typename A>
+LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double own, double other) {
+  const auto at = [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    V d = own * read<V>(x + q);
+    if (kOther) d += other * read<V>(y + q);
+    write(d, dx + q);
+  };
+  int64_t q = 0;
+  for (; q + 16 <= count; q += 16) {
+    read_ahead<16>(x + q);
+    if (kOther) read_ahead<16>(y + q);
+    for (int v = 0; v < 4; ++v) at(Double4{}, q + 4 * v);
+  }
+  for (; q < count; ++q) at(double(), q);
+}
+
+// Numbers of any stride and storage type to numbers of the compute type side by side, and back.
+template <typename T, typename A>
+LWKD_INLINE void gather(const T* from, int64_t stride, int64_t count, A* to) {
+  for (int64_t q = 0; q < count; ++q) to[q] = static_cast<A>(widen(from[q * stride]));
+}
+template <typename T, typename A>
+LWKD_INLINE void gather_dense(const T* from, int64_t count, A* to) {
+  int64_t q = 0;
+  if constexpr (std::is_same_v<A, float>)
+    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
+  for (; q < count; ++q) to[q] = static_cast<A>(widen(from[q]));
+}
+template <typename T, typename A>
+LWKD_INLINE void scatter(const A* from, T* to, int64_t stride, int64_t count) {
+  for (int64_t q = 0; q < count; ++q) narrow(from[q], to[q * stride]);
+}
+template <typename T, typename A>
+LWKD_INLINE void scatter_dense(const A* from, T* to, int64_t count) {
+  int64_t q = 0;
+  if constexpr (std::is_same_v<A, float>)
+    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
+  for (; q < count; ++q) narrow(from[q], to[q]);
+}
+
+// --- one ordinary function per type: clones need that
+// ----------------------------------------------
+
+#define LWKD_PIECES(A, name)                                                                     \
+  LWKD_CLONES void difference(const A* s, const A* t, int64_t count, double* out) {              \
+    sum_difference(s, t, count, out);                                                            \
+  }                                                                                              \
+  LWKD_CLONES void products(const A* s, const A* t, int64_t count, double* out) {                \
+    sum_products(s, t, count, out);                                                              \
+  }                                                                                              \
+  LWKD_CLONES void squares(const A* x, const A* none, int64_t count, double* out) {              \
+    sum_squares(x, none, count, out);                                                            \
+  }                                                                                              \
+  LWKD_CLONES void mix(A* dx, const A* x, const A* y, int64_t count, double own, double other) { \
+    y == nullptr ? combine<false>(dx, x, x, count, own, other)                                   \
+                 : combine<true>(dx, x, y, count, own, other);                                   \
+  }
+LWKD_PIECES(float, float)
+LWKD_PIECES(double, double)
+
+#define LWKD_MOVES(T, A)                                                             \
+  LWKD_CLONES void bring(const T* from, int64_t stride, int64_t count, A* to) {      \
+    stride == 1 ? gather_dense(from, count, to) : gather(from, stride, count, to);   \
+  }                                                                                  \
+  LWKD_CLONES void put(const A* from, T* to, int64_t stride, int64_t count) {        \
+    stride == 1 ? scatter_dense(from, to, count) : scatter(from, to, stride, count); \
+  }
+LWKD_MOVES(float, float)
+LWKD_MOVES(Half, float)
+LWKD_MOVES(BFloat16, float)
+LWKD_MOVES(float, double)
+LWKD_MOVES(Half, double)
+LWKD_MOVES(BFloat16, double)
+LWKD_MOVES(double, double)
+
+// Calls run(T()) with the storage type.
+template <typename A, typename Run>
+void with_storage(ScalarType dtype, const Run& run) {
+  if constexpr (std::is_same_v<A, double>)
+    if (dtype == ScalarType::Double) return run(double{});
+  if (dtype == ScalarType::Half) return run(Half{});
+  if (dtype == ScalarType::BFloat16) return run(BFloat16{});
+  run(float{});
+}
+
+// Elements [begin, end) of stream k of a row: in place, or brought to `buffer`.
+template <typename A>
+const A* fetch(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t end, A* buffer) {
+  if (const A* in_place = walk.direct<A>(k, row, begin)) return in_place;
+  with_storage<A>(walk.streams[k].dtype, [&](auto type) {
+    using T = decltype(type);
+    walk.cover(k, row, begin, end, [&](char* from, int64_t stride, int64_t first, int64_t count) {
+      bring(reinterpret_cast<const T*>(from), stride, count, buffer + first);
+    });
+  });
+  return buffer;
+}
+
+template <typename A>
+void leave(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t end, const A* buffer) {
+  with_storage<A>(walk.streams[k].dtype, [&](auto type) {
+    using T = decltype(type);
+    walk.cover(k, row, begin, end, [&](char* to, int64_t stride, int64_t first, int64_t count) {
+      put(buffer + first, reinterpret_cast<T*>(to), stride, count);
+    });
+  });
+}
+
+// --- forward ------------------------------------------------------------------------------------
+
+// One pass over the rows of a pair, or (kNorms) of one operand.
+struct SumJob {
+  RowWalk walk;
+  Sums* sums;  // [N]
+  int first;   // where its sums go in each
+  int64_t at;  // of its first partial sums
+};
+
+template <typename A>
+void sum_rows(std::vector<SumJob>& jobs, How how) {
+  std::vector<Block> blocks;
+  int64_t tasks = 0;
+  for (SumJob& job : jobs) {
+    blocks.push_back(make_block(job.walk.n, job.walk.streams.size(), job.walk.length));
+    job.at = tasks;
+    tasks += blocks.back().tasks();
+  }
+  const std::unique_ptr<Sums[]> partial(new Sums[tasks]());
+  const auto kernel =
+      how == kDifference ? static_cast<void (*)(const A*, const A*, int64_t, double*)>(difference)
+      : how == kNorms    ? static_cast<void (*)(const A*, const A*, int64_t, double*)>(squares)
+                         : static_cast<void (*)(const A*, const A*, int64_t, double*)>(products);
+  parallel_tasks(blocks, [&](int64_t i, int64_t n, int64_t begin, int64_t end) {
+    const SumJob& job = jobs[i];
+    alignas(64) A buffer[2][kTile];
+    const A* s = fetch(job.walk, 0, n, begin, end, buffer[0]);
+    const A* t = job.walk.streams.size() > 1 ? fetch(job.walk, 1, n, begin, end, buffer[1]) : s;
+    kernel(s, t, end - begin, partial[job.at + n * blocks[i].tiles + begin / kTile].data());
+  });
+  for (size_t i = 0; i < jobs.size(); ++i)
+    for (int64_t n = 0; n < jobs[i].walk.n; ++n)
+      for (int64_t tile = 0; tile < blocks[i].tiles; ++tile)
+        for (int k = 0; jobs[i].first + k < 3; ++k)
+          jobs[i].sums[n][jobs[i].first + k] += partial[jobs[i].at + n * blocks[i].tiles + tile][k];
+}
+
+double distance_of(const Sums& sums, How how) {
+  if (how == kDifference) return sums[0];
+  const double ss = sums[0], tt = sums[1], st = sums[2];
+  const double ns = std::sqrt(ss), nt = std::sqrt(tt);
+  if (how == kNorms) {
+    const double ratio = ns + nt == 0 ? 0 : (ns - nt) / (ns + nt);
+    return ratio * ratio;
+  }
+  // √(x·x) is x: equal rows are at a distance of exactly 0.
+  if (ns >= kEps && nt >= kEps) {
+    const double d = 2 - 2 * (st / std::sqrt(ss * tt));
+    return d < 0 ? 0 : d;
+  }
+  const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt;
+  const double d = ss / (a * a) + tt / (b * b) - 2 * (st / a / b);
+  return d < 0 ? 0 : d;
+}
+
+// dD/d(own row) = own · row + other · other row.
+struct Slope {
+  double own = 0, other = 0;
+};
+
+Slope slope_of(const Sums& sums, int side, How how) {
+  if (how == kDifference) return {2, -2};
+  const double ss = sums[side], tt = sums[1 - side], st = sums[2];
+  const double ns = std::sqrt(ss), nt = std::sqrt(tt);
+  if (how == kNorms) {
+    const double whole = ns + nt;
+    return ns < kEps ? Slope{} : Slope{4 * (ns - nt) * nt / (whole * whole * whole) / ns, 0};
+  }
+  if (ns < kEps || nt < kEps) return {};
+  const double scale = std::sqrt(ss * tt);
+  return {2 * (st / scale) / ss, -2 / scale};
+}
+
+// --- what is given has to fit together: the kernels go by it without looking
+// -----------------------
+
+void check_row(const Tensor& x, const char* op, const char* argument, int64_t layer, int64_t n) {
+  const ScalarType dtype = x.scalar_type();
+  const bool floating = dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                        dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  STD_TORCH_CHECK(floating, "lwkd.ops: ", op, ": ", argument, " (layer ", layer,
+                  "): expected float64, float32, float16 or bfloat16, got another dtype");
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == n, "lwkd.ops: ", op, ": ", argument, " (layer ",
+                  layer, "): expected rows [", n, ", ...], got another shape");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % element_size(dtype) == 0,
+                  "lwkd.ops: ", op, ": ", argument, " (layer ", layer,
+                  "): expected data aligned to its elements, got a tensor that is not; pass a ",
+                  "clone()");
+}
+
+bool same_shape(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() == y.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = x.size(d) == y.size(d);
+  return same;
+}
+
+How read_how(int64_t how, const char* op) {
+  STD_TORCH_CHECK(how >= 0 && how <= 2, "lwkd.ops: ", op, ": how: expected 0, 1 or 2, got ", how);
+  return static_cast<How>(how);
+}
+
+std::tuple<Tensor, Tensor> jacobian_rows(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                         int64_t how_number, bool mean) {
+  const char* op = "jacobian_rows";
+  const How how = read_how(how_number, op);
+  const int64_t count = student.size();
+  STD_TORCH_CHECK(count > 0 && teacher.size() == student.size(), "lwkd.ops: ", op,
+                  ": teacher: expected ", count, " tensors, got ", teacher.size());
+  const int64_t samples = student[0].dim() > 0 ? student[0].size(0) : 0;
+  for (int64_t l = 0; l < count; ++l) {
+    check_row(student[l], op, "student", l, samples);
+    check_row(teacher[l], op, "teacher", l, samples);
+    STD_TORCH_CHECK(how == kNorms || same_shape(student[l], teacher[l]), "lwkd.ops: ", op,
+                    ": teacher (layer ", l, "): expected the student's shape, got another");
+  }
+  const bool wide = any_double(student) || any_double(teacher);
+  Tensor sums = make(student[0], {count, samples, 3}, true);
+  std::vector<int64_t> shape{count};
+  if (!mean) shape.push_back(samples);
+  Tensor distances = make(student[0], shape, wide);
+  Sums* at = static_cast<Sums*>(sums.mutable_data_ptr());
+  std::fill_n(at, count * samples, Sums{});
+  std::vector<SumJob> jobs;
+  for (int64_t l = 0; l < count; ++l) {
+    Sums* own = at + l * samples;
+    if (how == kNorms) {
+      jobs.push_back({RowWalk({&student[l]}), own, 0, 0});
+      jobs.push_back({RowWalk({&teacher[l]}), own, 1, 0});
+    } else {
+      jobs.push_back({RowWalk({&student[l], &teacher[l]}), own, 0, 0});
+    }
+  }
+  wide ? sum_rows<double>(jobs, how) : sum_rows<float>(jobs, how);
+  const auto conclude = [&](auto* out) {
+    using A = std::remove_pointer_t<decltype(out)>;
+    for (int64_t l = 0; l < count; ++l) {
+      double sum = 0;
+      for (int64_t n = 0; n < samples; ++n) {
+        const double d = distance_of(at[l * samples + n], how);
+        sum += d;
+        if (!mean) out[l * samples + n] = static_cast<A>(d);
+      }
+      if (mean) out[l] = static_cast<A>(sum / double(std::max<int64_t>(samples, 1)));
+    }
+  };
+  void* out = distances.mutable_data_ptr();
+  wide ? conclude(static_cast<double*>(out)) : conclude(static_cast<float*>(out));
+  return {distances, sums};
+}
+
+// --- backward -----------------------------------------------------------------------------------
+
+struct SlopeJob {
+  RowWalk walk;  // x, dx, and the other row where it counts
+  const Sums* sums;
+  int64_t layer;
+  int side;
+};
+
+template <typename A>
+void spread_rows(const std::vector<SlopeJob>& jobs, const Tensor& grad, How how) {
+  std::vector<Block> blocks;
+  for (const SlopeJob& job : jobs)
+    blocks.push_back(make_block(job.walk.n, job.walk.streams.size(), job.walk.length));
+  parallel_tasks(blocks, [&](int64_t i, int64_t sample, int64_t begin, int64_t end) {
+    const SlopeJob& job = jobs[i];
+    const int64_t n = job.walk.n - 1 - sample;  // the way forward left the last rows in the cache
+    const double g = gradient_at(grad, job.layer, n, job.walk.n);
+    const Slope slope = slope_of(job.sums[n], job.side, how);
+    const double own = g * slope.own, other = g * slope.other;
+    alignas(64) A buffer[3][kTile];
+    A* in_place = job.walk.direct<A>(1, n, begin);
+    A* dx = in_place != nullptr ? in_place : buffer[1];
+    if (own == 0 && other == 0) {  // whatever the rows hold
+      std::fill_n(dx, end - begin, A(0));
+    } else {
+      const A* x = fetch(job.walk, 0, n, begin, end, buffer[0]);
+      const A* y = nullptr;
+      if (job.walk.streams.size() > 2) y = fetch(job.walk, 2, n, begin, end, buffer[2]);
+      mix(dx, x, y, end - begin, own, other);
+    }
+    if (in_place == nullptr) leave(job.walk, 1, n, begin, end, dx);
+  });
+}
+
+std::vector<Tensor> jacobian_rows_backward(Tensor grad, std::vector<Tensor> xs,
+                                           std::vector<Tensor> others, Tensor sums,
+                                           std::vector<int64_t> layers, std::vector<int64_t> sides,
+                                           int64_t how_number) {
+  const char* op = "jacobian_rows_backward";
+  const How how = read_how(how_number, op);
+  const size_t count = xs.size();
+  STD_TORCH_CHECK(count > 0 && layers.size() == count && sides.size() == count &&
+                      others.size() == (how == kNorms ? 0 : count),
+                  "lwkd.ops: ", op, ": xs: expected at least one, with a layer, a side and the ",
+                  "other row each, got ", count);
+  STD_TORCH_CHECK(sums.dim() == 3 && sums.size(2) == 3 && sums.is_contiguous() &&
+                      sums.scalar_type() == ScalarType::Double,
+                  "lwkd.ops: ", op, ": sums: expected float64 [L, N, 3], contiguous");
+  const int64_t length = sums.size(0), samples = sums.size(1);
+  const bool floating =
+      grad.scalar_type() == ScalarType::Float || grad.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(floating && grad.dim() >= 1 && grad.dim() <= 2 && grad.size(0) == length &&
+                      (grad.dim() == 1 || grad.size(1) == samples),
+                  "lwkd.ops: ", op, ": grad: expected float32 or float64, [L] or [L, N]");
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < count; ++i) {
+    check_row(xs[i], op, "xs", i, samples);
+    STD_TORCH_CHECK(layers[i] >= 0 && layers[i] < length && (sides[i] == 0 || sides[i] == 1),
+                    "lwkd.ops: ", op, ": layers, sides (", i, "): out of range");
+    if (how != kNorms) {
+      check_row(others[i], op, "others", i, samples);
+      STD_TORCH_CHECK(same_shape(xs[i], others[i]), "lwkd.ops: ", op, ": others (layer ", i,
+                      "): expected the shape of xs, got another");
+    }
+    out.push_back(fresh_like(xs[i]));
+  }
+  const Sums* at = static_cast<const Sums*>(sums.const_data_ptr());
+  std::vector<SlopeJob> jobs;
+  for (size_t i = 0; i < count; ++i) {
+    std::vector<const Tensor*> streams{&xs[i], &out[i]};
+    if (how != kNorms) streams.push_back(&others[i]);
+    jobs.push_back(
+        {RowWalk(streams), at + layers[i] * samples, layers[i], static_cast<int>(sides[i])});
+  }
+  any_double(xs) || any_double(others) ? spread_rows<double>(jobs, grad, how)
+                                       : spread_rows<float>(jobs, grad, how);
+  return out;
+}
+
+}  // namespace
+}  // namespace lwkd
+
+STABLE_TORCH_LIBRARY_IMPL(lwkd, CPU, m) {
+  m.impl("jacobian_rows", LWKD_BOX(lwkd::jacobian_rows));
+  m.impl("jacobian_rows_backward", LWKD_BOX(lwkd::jacobian_rows_backward));
+}
