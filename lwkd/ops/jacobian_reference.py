@@ -58,14 +58,14 @@ def distance(sums: Tensor, how: int) -> Tensor:
     short = ss / a.square() + tt / b.square() - 2 * (st / a / b)
     # √(x·x) is x: equal rows are at a distance of exactly 0.
     d: Tensor = torch.where((ns >= EPS) & (nt >= EPS), 2 - 2 * (st / (ss * tt).sqrt()), short)
-    return d.clamp_min(0)
+    return d.clamp(min=0)
 
 
 def coefficients(sums: Tensor, how: int) -> Tensor:
     """dD/ds = own·s + other·t: [L, N, 2 sides, (own, other)] of the sums [L, N, 3]."""
     if how == DIFFERENCE:
         two = torch.full_like(sums[..., 0], 2)
-        return torch.stack([two, -two, two, -two], -1).unflatten(-1, (2, 2))
+        return torch.stack([two, -two, two, -two], -1).reshape(*two.shape, 2, 2)
     ss, tt, st = sums.unbind(-1)
     ns, nt = ss.sqrt(), tt.sqrt()
     zero = torch.zeros_like(ss)
