@@ -1,0 +1,286 @@
+"""Jacobian matching and gradient-based attention transfer: losses on derivatives by the input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwkd.losses.terms import LossTerms
+from lwkd.ops import attention_maps
+from lwkd.ops.backends import check_name
+from lwkd.ops.checks import flag, message, number
+from lwkd.ops.jacobian import discrepancy
+
+_OUTPUTS = ("label", "top", "map")
+
+
+class JacobianMatching(nn.Module):
+    """Match the student's outputs, and its Jacobian by the input, to the teacher's.
+
+    With outputs z [N, C], inputs x and one output y[n] of each sample, the rows are
+    J[n] = ∂z[n, y[n]]/∂x[n], and
+
+    ``total = α·mean_n ‖z_S[n] − z_T[n]‖² + β·mean_n D[n]``,
+
+    D the distance of the rows as in ``lwkd.ops.layer_discrepancy(kind="jacobian")``: of their
+    directions, ‖J_S/‖J_S‖ − J_T/‖J_T‖‖², or, not normalised, ‖J_S − J_T‖². Its ground: with noise
+    ξ ~ N(0, σ²I) on the inputs the first term alone would become ‖z_S − z_T‖² + σ²‖J_S − J_T‖² and
+    terms of second derivatives. The gradient of D by the student's weights is a double backward;
+    where samples see each other (BatchNorm in train mode), J[n] is of the sum over the batch.
+
+    ``of="map"`` is the form for transfer, where the classes differ: z[n] is the entry of a layer's
+    attention map Σ_c |a[n,c,q]|^p at the position q where the teacher's is largest, on the grid
+    that the pair has in common. There are no outputs to match and ``total = β·Σ_l mean_n D_l[n]``.
+    Source: Srinivas & Fleuret 2018.
+
+    Args:
+        beta: β ≥ 0, of the Jacobians.
+        alpha: α ≥ 0, of the outputs; of no effect for ``of="map"``.
+        of: "label" (y is the target), "top" (the teacher's largest output, for both), an int k (the
+            teacher's k largest outputs, D the mean over them), or "map".
+        normalize: Match directions only.
+        p: Power of the maps, ≥ 1.
+        channel_dim: Of the activations whose maps are taken, as in ``lwkd.ops.attention_maps``.
+        backend: None, "reference", "compiled" or "triton".
+
+    Raises:
+        ValueError: alpha, beta, of, p or backend out of its range.
+        TypeError: alpha or beta is no number, or normalize no bool.
+
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> x = torch.rand(8, 4, requires_grad=True)
+    >>> terms = JacobianMatching(of="top")(student(x), teacher(x), x)
+    >>> terms.total.backward()
+    >>> student.weight.grad.shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        *,
+        alpha: float = 1.0,
+        of: str | int = "label",
+        normalize: bool = True,
+        p: float = 2.0,
+        channel_dim: int | Sequence[int] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        op = "losses.JacobianMatching"
+        for name, value in (("beta", beta), ("alpha", alpha)):
+            number(op, name, value, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
+        if not (of in _OUTPUTS or (type(of) is int and of >= 1)):
+            raise ValueError(message(op, "of", f"one of {_OUTPUTS} or an int ≥ 1", repr(of)))
+        flag(op, "normalize", normalize)
+        number(op, "p", p, "a finite number ≥ 1", lambda v: 1 <= v < math.inf)
+        check_name(op, backend)
+        self._op = op
+        self.beta, self.alpha, self.of, self.normalize = float(beta), float(alpha), of, normalize
+        self.p, self.channel_dim, self.backend = float(p), channel_dim, backend
+
+    def forward(
+        self, student: Any, teacher: Any, inputs: Tensor, target: Tensor | None = None
+    ) -> LossTerms:
+        """Compute the loss.
+
+        Args:
+            student: Outputs [N, C] computed from ``inputs``; for ``of="map"`` a list of L
+                activations [N, C, *space] or tokens.
+            teacher: The teacher's, computed from the same ``inputs`` with gradients on (its
+                parameters need none). No gradient flows into it.
+            inputs: The tensor [N, ...] that both were computed from, with ``requires_grad``.
+            target: Class indices int64 [N], for ``of="label"``.
+
+        Returns:
+            ``total``, and ``per_layer``: for ``of="map"`` mean_n D_l[n] [L], else None.
+
+        Raises:
+            ValueError: Outputs that are not [N, C] or of different shape, a wrong target, lists of
+                different length.
+            TypeError: Not tensors.
+            RuntimeError: ``inputs`` does not require a gradient, or an output does not come from
+                it; the message says which.
+        """
+        _check_inputs(self._op, inputs)
+        if self.of == "map":
+            rows = self._map_rows(student, teacher, inputs)
+        else:
+            rows = self._output_rows(student, teacher, inputs, target)
+        d = discrepancy(
+            self._op, *rows, "mean", self.backend, normalize=self.normalize, compare="difference"
+        )
+        if self.of == "map":
+            return LossTerms(self.beta * d.sum(), d)
+        gap = (student - teacher.detach()).square().sum(1)
+        outputs = gap.sum() / max(len(gap), 1)
+        return LossTerms(self.alpha * outputs + self.beta * d.mean(), None)
+
+    def extra_repr(self) -> str:
+        """Show the options in ``repr``."""
+        return f"beta={self.beta}, alpha={self.alpha}, of={self.of!r}, normalize={self.normalize}"
+
+    def _output_rows(
+        self, student: Tensor, teacher: Tensor, inputs: Tensor, target: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        for name, z in (("student", student), ("teacher", teacher)):
+            if not isinstance(z, Tensor) or z.dim() != 2 or len(z) != len(inputs):
+                got = f"shape {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+                raise ValueError(message(self._op, name, f"outputs [{len(inputs)}, C]", got))
+        if student.shape != teacher.shape:
+            expected = f"{list(student.shape)}, as student: heads over the same classes"
+            raise ValueError(message(self._op, "teacher", expected, list(teacher.shape)))
+        index = self._outputs(teacher, target)
+        sides = [
+            [
+                input_rows(self._op, name, z.gather(1, y[:, None]).sum(), inputs, graph=graph)
+                for y in index.unbind(1)
+            ]
+            for name, z, graph in (("student", student, True), ("teacher", teacher, False))
+        ]
+        return sides[0], sides[1]
+
+    def _outputs(self, teacher: Tensor, target: Tensor | None) -> Tensor:
+        """Which outputs of each sample, [N, k]."""
+        n, classes = teacher.shape
+        if self.of == "label":
+            fits = isinstance(target, Tensor) and target.dtype == torch.int64
+            if target is None or not fits or list(target.shape) != [n]:
+                shown = isinstance(target, Tensor)
+                got = f"{target.dtype} {list(target.shape)}" if shown else repr(target)  # type: ignore[union-attr]
+                raise ValueError(message(self._op, "target", f"class indices int64 [{n}]", got))
+            return target[:, None]
+        k = 1 if self.of == "top" else int(self.of)
+        if k > classes:
+            raise ValueError(message(self._op, "of", f"at most {classes} outputs", k))
+        return teacher.detach().topk(k, dim=1).indices
+
+    def _map_rows(
+        self, student: Any, teacher: Any, inputs: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        for name, xs in (("student", student), ("teacher", teacher)):
+            if not isinstance(xs, (list, tuple)):
+                expected = "a list of activations, one a layer"
+                raise TypeError(message(self._op, name, expected, type(xs).__name__))
+        if len(student) != len(teacher):
+            expected = f"{len(student)} activations, as many as student"
+            raise ValueError(message(self._op, "teacher", expected, len(teacher)))
+        maps = [attention_maps(xs, p=self.p, channel_dim=self.channel_dim)
+                for xs in (student, teacher)]  # fmt: skip
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for i, pair in enumerate(zip(*maps, strict=True)):
+            s, t = common_grid(self._op, *pair, layer=i)
+            top = t.detach().argmax(1, keepdim=True)
+            for rows, name, m in zip(sides, ("student", "teacher"), (s, t), strict=True):
+                value = m.gather(1, top).sum()
+                graph = name == "student"
+                rows.append(input_rows(self._op, name, value, inputs, graph=graph, layer=i))
+        return sides
+
+
+class GradientAttentionTransfer(nn.Module):
+    """Draw the student's gradient by the input to the teacher's.
+
+    With the loss ℓ[n] of each sample and J[n] = ∂ℓ[n]/∂x[n],
+
+    ``total = ½·β·mean_n ‖J_S[n] − J_T[n]‖₂``,
+
+    whose gradient by the student's weights is a double backward; where the two are equal the root
+    has no derivative and the gradient is 0. Source: Zagoruyko & Komodakis 2017, §3.2.
+
+    Args:
+        beta: β ≥ 0.
+        backend: None, "reference", "compiled" or "triton".
+
+    Raises:
+        ValueError: beta or backend out of its range.
+        TypeError: beta is no number.
+
+    >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> x, y = torch.rand(8, 4, requires_grad=True), torch.arange(8) % 3
+    >>> losses = [F.cross_entropy(net(x), y) for net in (student, teacher)]
+    >>> terms = GradientAttentionTransfer(beta=1.0)(*losses, x)
+    >>> (losses[0] + terms.total).backward()
+    """
+
+    def __init__(self, beta: float = 1.0, *, backend: str | None = None) -> None:
+        super().__init__()
+        op = "losses.GradientAttentionTransfer"
+        number(op, "beta", beta, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
+        check_name(op, backend)
+        self._op, self.beta, self.backend = op, float(beta), backend
+
+    def forward(self, student_loss: Tensor, teacher_loss: Tensor, inputs: Tensor) -> LossTerms:
+        """Compute the loss.
+
+        Args:
+            student_loss: The mean over the batch of the student's loss, a scalar computed from
+                ``inputs``.
+            teacher_loss: The teacher's, likewise, with gradients on. No gradient flows into it.
+            inputs: The tensor [N, ...] that both were computed from, with ``requires_grad``.
+
+        Returns:
+            ``total`` and ``per_layer=None``.
+
+        Raises:
+            ValueError: A loss that is not a scalar.
+            RuntimeError: ``inputs`` does not require a gradient, or a loss does not come from it.
+        """
+        _check_inputs(self._op, inputs)
+        sides = (("student_loss", student_loss, True), ("teacher_loss", teacher_loss, False))
+        rows = []
+        for name, loss, graph in sides:
+            if not isinstance(loss, Tensor) or loss.dim() != 0:
+                got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss)
+                raise ValueError(message(self._op, name, "a scalar, the mean over the batch", got))
+            row = input_rows(self._op, name, loss, inputs, graph=graph)
+            rows.append([row * len(inputs)])
+        d = discrepancy(self._op, rows[0], rows[1], "none", self.backend, normalize=False)[0]
+        zero = d == 0
+        root = torch.where(zero, d, torch.where(zero, torch.ones_like(d), d).sqrt())
+        return LossTerms(0.5 * self.beta * root.sum() / max(len(d), 1), None)
+
+    def extra_repr(self) -> str:
+        """Show the options in ``repr``."""
+        return f"beta={self.beta}"
+
+
+def _check_inputs(op: str, inputs: Any) -> None:
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2:
+        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
+        raise TypeError(message(op, "inputs", "a floating tensor [N, ...]", got))
+    if not inputs.requires_grad:
+        expected = "a tensor that requires a gradient (inputs.requires_grad_() before the forward)"
+        raise RuntimeError(message(op, "inputs", expected, "one that does not"))
+
+
+def input_rows(
+    op: str, argument: str, value: Tensor, inputs: Tensor, *, graph: bool, layer: int | None = None
+) -> Tensor:
+    """Return ∂value/∂inputs, [N, ...]; its graph is kept only where it will be differentiated."""
+    row = None
+    if value.requires_grad:
+        (row,) = torch.autograd.grad(
+            value, inputs, create_graph=graph, retain_graph=True, allow_unused=True
+        )
+    if row is None:
+        expected = "what was computed from inputs, with gradients on"
+        got = "a tensor that does not come from it"
+        raise RuntimeError(message(op, argument, expected, got, layer=layer))
+    return row
+
+
+def common_grid(op: str, s: Tensor, t: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+    """Pool both maps [N, *space] to the smaller size in each dimension, and flatten them."""
+    if s.dim() != t.dim():
+        expected, got = f"{s.dim() - 1} space dimension(s), as the student's", t.dim() - 1
+        raise ValueError(message(op, "teacher", expected, got, layer=layer))
+    grid = tuple(min(pair) for pair in zip(s.shape[1:], t.shape[1:], strict=True))
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(grid) - 1]
+    both = [m if m.shape[1:] == grid else pool(m[:, None], grid)[:, 0] for m in (s, t)]
+    return both[0].flatten(1), both[1].flatten(1)
