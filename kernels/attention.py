@@ -35,6 +35,7 @@ from .common import (
     kernel,
     locate,
     log1p,
+    mean_kernel,
     merge,
     narrow,
     offsets,
@@ -256,24 +257,6 @@ def distance_kernel(
         begin += BLOCK
     out = tl.load(row + 3).to(tl.pointer_type(OUT))
     tl.store(out + n, tl.sum(total, 0).to(OUT))
-
-
-@kernel
-def mean_kernel(
-    table, base: tl.int64, items: tl.int64,
-    OUT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
-):  # fmt: skip
-    """Row: each [N] in float64, out [1], N."""
-    row, _ = locate(table, base, items, WIDTH, ITEMS)
-    each, samples = tl.load(row + 1).to(tl.pointer_type(tl.float64)), tl.load(row + 3)
-    total = tl.full([BLOCK], 0, tl.float64)
-    begin = samples * 0
-    while begin < samples:
-        n = begin + tl.arange(0, BLOCK)
-        total += tl.load(each + n, mask=n < samples, other=0)
-        begin += BLOCK
-    mean = tl.sum(total, 0) / samples.to(tl.float64)
-    tl.store(tl.load(row + 2).to(tl.pointer_type(OUT)), mean.to(OUT))
 
 
 # --- the way back ---------------------------------------------------------------------------------

@@ -423,3 +423,24 @@ def log1p(u):
 def power_of(p: float) -> int:
     """The POWER that serves p."""
     return int(p) if p in (1, 2) else 0
+
+
+# --- over the batch ------------------------------------------------------------------------------
+
+
+@kernel
+def mean_kernel(
+    table, base: tl.int64, items: tl.int64,
+    OUT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Row: each [N] in float64, out [1], N."""
+    row, _ = locate(table, base, items, WIDTH, ITEMS)
+    each, samples = tl.load(row + 1).to(tl.pointer_type(tl.float64)), tl.load(row + 3)
+    total = tl.full([BLOCK], 0, tl.float64)
+    begin = samples * 0
+    while begin < samples:
+        n = begin + tl.arange(0, BLOCK)
+        total += tl.load(each + n, mask=n < samples, other=0)
+        begin += BLOCK
+    mean = tl.sum(total, 0) / samples.to(tl.float64)
+    tl.store(tl.load(row + 2).to(tl.pointer_type(OUT)), mean.to(OUT))

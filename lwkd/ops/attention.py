@@ -58,7 +58,7 @@ def discrepancy(
     t_layout = _layouts(op, "teacher", t_shapes, t_dims, t_fold)
     _check_spaces(op, s_shapes, t_shapes, s_fold, t_fold)
     masks = _masks(op, mask, student, teacher, s_layout, t_layout) if mask is not None else []
-    namespace = backends.choose(op, backend, student[0].device)
+    namespace = ATTENTION.choose(op, backend, student[0].device)
     distance: Tensor = ATTENTION(
         namespace,
         student, teacher, masks, s_layout, t_layout,

@@ -141,12 +141,16 @@ class Op:
         self._name, self._inputs = name, formula.inputs
         self._overloads: dict[str, Any] = {}
         self._nodes: dict[str, Any] = {}
+        self.compiled: list[str] = []  # the devices for which there is a compiled kernel
         for namespace, library in LIBRARIES.items():
             library.define(formula.schema)
             generic = triton if namespace == "lwkd_triton" else formula.reference
             library.impl(name, generic, "CompositeExplicitAutograd")
-            if namespace == "lwkd" and TRITON.live and not CUDA.live and torch.version.cuda:
-                library.impl(name, triton, "CUDA")
+            if namespace == "lwkd":  # the compiled libraries are loaded by now
+                has = torch._C._dispatch_has_kernel_for_dispatch_key
+                self.compiled = [d for d in ("cpu", "cuda") if has(f"lwkd::{name}", d.upper())]
+                if TRITON.live and torch.version.cuda and "cuda" not in self.compiled:
+                    library.impl(name, triton, "CUDA")
             torch.library.register_fake(f"{namespace}::{name}", formula.fake, lib=library)
             overload = getattr(getattr(torch.ops, namespace), name).default
             node = _node(overload, namespace, formula)
@@ -165,6 +169,14 @@ class Op:
             return self._nodes[namespace].apply(None, args, *wanted)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
+
+    def choose(self, op: str, backend: str | None, device: torch.device) -> str:
+        """Return the namespace that serves ``backend``; one asked for and absent raises."""
+        namespace = choose(op, backend, device)
+        if backend == "compiled" and device.type not in self.compiled:
+            got = f"the compiled library has no kernel of {self._name}"
+            raise RuntimeError(message(op, "backend", f"'compiled' on {device.type}", got))
+        return namespace
 
 
 def refuse_transforms(name: str, tensors: Sequence[Tensor]) -> None:

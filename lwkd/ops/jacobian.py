@@ -52,7 +52,7 @@ def discrepancy(
         if s != t and compare != "norms":
             expected = f"shape {list(s)}, as the student's (compare='norms' takes any)"
             raise ValueError(message(op, "teacher", expected, list(t), layer=i))
-    namespace = backends.choose(op, backend, student[0].device)
+    namespace = ROWS.choose(op, backend, student[0].device)
     how = reference.how(normalize, compare)
     distance: Tensor = ROWS(namespace, student, teacher, how, reduction == "mean")[0]
     return distance

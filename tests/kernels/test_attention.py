@@ -6,10 +6,6 @@ them for two architectures, which needs no GPU but a process in which the interp
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,11 +18,9 @@ import triton
 import triton.language as tl
 from lwkd.kernels import attention, common
 from lwkd.kernels.common import ANY, PLANE, ROWS, log1p
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from tests import oracle, tolerances
+from tests.kernels import machine_code
 
 DEVICE = "cpu" if common.INTERPRET else "cuda"
 F64, F32, F16, B16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -550,47 +544,16 @@ def test_captured_in_a_graph() -> None:
 
 # --- machine code ---------------------------------------------------------------------------------
 
-ARCHITECTURES = (80, 90)
-
 
 @pytest.mark.slow
 def test_every_kernel_compiles() -> None:
     """Machine code for sm_80 and sm_90 of every kernel, in a process without the interpreter."""
-    command = [
-        "env",
-        "-u",
-        "TRITON_INTERPRET",
-        sys.executable,
-        "-m",
-        "tests.kernels.test_attention",
-    ]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert all(int(size) > 1000 for _, _, size, _ in lines), done.stdout
-    assert not [line for line in lines if line[3] == "narrow"], done.stdout
-    compiled = {(kernel, architecture) for kernel, architecture, _, _ in lines}
-    kernels = [k for k in vars(attention) if k.endswith("_kernel")] + ["write_table"]
-    assert compiled == {(k, f"sm_{a}") for k in kernels for a in ARCHITECTURES}, done.stdout
+    machine_code.check_module(
+        "tests.kernels.test_attention", {*KERNELS, "write_table", "mean_kernel"}
+    )
 
 
-def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: int) -> Any:
-    signature, constants = {}, {}
-    for i, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = arguments[parameter.name]
-        else:
-            signature[parameter.name] = {"table": "*i64"}.get(
-                parameter.name, parameter.annotation_type or ("i64",) * arguments.get("COUNT", 0)
-            )
-    source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=common.OPTIONS)
-
-
-def launches_to_compile() -> dict[str, tuple[Any, dict[str, Any]]]:
+def launches_to_compile() -> machine_code.Launches:
     """One launch of every kernel and set of constants that a spread of calls needs."""
     plans = []
     for i, (case, dtypes) in enumerate(
@@ -614,50 +577,12 @@ def launches_to_compile() -> dict[str, tuple[Any, dict[str, Any]]]:
             [1] * (3 - len(x.space)) + x.space, *args,
         )  # fmt: skip
         plans.append(plan)
-    found = {}
-    for plan in plans:
-        for kernel, _, arguments in plan.launches():
-            constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-            found[kernel.__name__ + str(constants)] = kernel, arguments
-    found["write_table"] = common.write_table, {"COUNT": common.MANY}
-    return found
+    return machine_code.launches_of(plans)
 
 
-def loads(compiled: Any, arguments: dict[str, Any]) -> str:
-    """Whether 16 bytes are read at a time where that was planned."""
-    if arguments.get("VECTOR", 1) == 1:
-        return "any"
-    ptx = compiled.asm["ptx"]
-    return "wide" if re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", ptx) else "narrow"
-
-
-def check_that_no_value_compiles_again() -> None:
-    """Addresses and sizes differ from call to call; a captured graph cannot wait for a compiler."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    table = torch.empty(8, dtype=torch.int64)
-    for kernel in [k for n, k in vars(attention).items() if n.endswith("_kernel")]:
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        seen = {
-            str(bind(*[table, *[v] * (len(kernel.params) - 1)])[1]).replace(f", {v})", ", _)")
-            for v in (0, 1, 16, 17, 2**40)
-        }
-        assert len(seen) == 1, (kernel.__name__, seen)
-    bind = create_function_from_signature(
-        common.write_table.signature, common.write_table.params, backend
-    )
-    words = [(0, 1, 2), (16, 2**58, 2**31), (2**32 - 1, 8, 5)]
-    assert len({str(bind(table, 3 * w[0], common.encode(w), 3)[1]) for w in words}) == 1
-
-
-def main() -> None:
-    check_that_no_value_compiles_again()
-    for kernel, arguments in launches_to_compile().values():
-        for architecture in ARCHITECTURES:
-            compiled = compile_kernel(kernel, arguments, architecture)
-            row = kernel.__name__, f"sm_{architecture}", len(compiled.asm["cubin"])
-            print(*row, loads(compiled, arguments), flush=True)
-
+KERNELS = [name for name in vars(attention) if name.endswith("_kernel")]
 
 if __name__ == "__main__":
     DEVICE = "cpu"  # planned there, launched nowhere
-    main()
+    machine_code.check_that_no_value_compiles_again([vars(attention)[name] for name in KERNELS])
+    machine_code.report(launches_to_compile())
