@@ -124,9 +124,8 @@ def _has_kernel(op: str, device: str) -> bool:
 
 def _serving(op: str, device: str) -> dict[str, Any]:
     reasons = {b: why_not(b, device, op) for b in backends.BACKENDS}
-    chosen: str | None = backends.serving(device)
-    if chosen is not None and reasons[chosen]:
-        chosen = None if reasons["reference"] else "reference"
+    order = ("compiled", "triton", "reference") if device == "cuda" else ("compiled", "reference")
+    chosen = next((b for b in order if not reasons[b]), None)
     missing = {b: r for b, r in reasons.items() if r}
     return {"op": op, "device": device, "served_by": chosen, "unavailable": missing}
 

@@ -43,7 +43,10 @@ def test_devices_that_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_op_is_listed_with_who_serves_it_and_why_not() -> None:
     rows = {(r["op"], r["device"]): r for r in info.collect()["ops"]}
-    assert {op for op, _ in rows} == {"attention", "attention_backward", "attention_maps"}
+    assert {op for op, _ in rows} == {
+        "attention", "attention_backward", "attention_maps", "jacobian_rows",
+        "jacobian_rows_backward",
+    }  # fmt: skip
     for (_, device), row in rows.items():
         for backend in backends.BACKENDS:
             if not backends.unavailable(backend, device) and device == "cpu":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lwkd
-from lwkd.ops import backends
+from lwkd.ops import backends, jacobian
 from tests import cases
 from tests.cases import TARGETS, Target
 
@@ -43,6 +43,16 @@ def test_compiled_kernels_are_the_dispatchers_choice() -> None:
     x, y = (cases.draw((2, 9, 7, 5), torch.float32, i) for i in (1, 2))
     chosen = lwkd.ops.layer_discrepancy([x], [y])
     assert torch.equal(chosen, lwkd.ops.layer_discrepancy([x], [y], backend="compiled"))
+
+
+def test_a_library_without_this_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for by name never turns into the reference in silence."""
+    monkeypatch.setattr(jacobian.ROWS, "compiled", [])
+    x = torch.ones(2, 3)
+    text = "'compiled' on cpu, got the compiled library has no kernel of jacobian_rows"
+    with pytest.raises(RuntimeError, match=text):
+        lwkd.ops.layer_discrepancy([x], [x], kind="jacobian", backend="compiled")
+    assert lwkd.ops.layer_discrepancy([x], [x], kind="jacobian").tolist() == [0.0]
 
 
 @pytest.mark.parametrize("op", OPS)
