@@ -114,6 +114,8 @@ def why_not(backend: str, device: str, op: str) -> str:
         return f"torch {torch.__version__} sees no CUDA device"
     if backend == "compiled" and not _has_kernel(op, device):
         return f"the compiled library has no kernel of {op}"
+    if backend == "triton" and not hasattr(torch.ops.lwkd_triton, op):
+        return f"there is no Triton kernel of {op}"
     return ""
 
 

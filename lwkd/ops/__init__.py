@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lwkd.ops import attention, jacobian
 from lwkd.ops.checks import choice, message, suggest
+from lwkd.ops.factors import ConvFactors, Factors
 
-__all__ = ["KINDS", "attention_maps", "layer_discrepancy"]
+__all__ = ["KINDS", "ConvFactors", "Factors", "attention_maps", "layer_discrepancy"]
 
 KINDS: dict[str, Callable[..., Tensor]] = {
     "attention": attention.discrepancy,
@@ -21,8 +22,8 @@ _REDUCTIONS = ("mean", "none")
 
 
 def layer_discrepancy(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    student: Sequence[Any],
+    teacher: Sequence[Any],
     *,
     kind: str = "attention",
     reduction: str = "mean",
@@ -47,6 +48,10 @@ def layer_discrepancy(
     * normalize=False: D[n] = ‖s − t‖²;
     * compare="norms": D[n] = ((‖s‖ − ‖t‖)/(‖s‖ + ‖t‖))², in [0, 1], for rows of any two lengths.
 
+    An item may also be the factors of a layer's gradient by its parameters, ``Factors`` or
+    ``ConvFactors``, or a tuple of these for a layer of several parameters: G_n = Σ_t d[n,t] a[n,t]ᵀ
+    takes the place of a row and is never built. Not differentiable then.
+
     Sums over rows are in float64, so that a student that is a copy of its teacher, or a rescaled
     copy, but for 1e-6 still is at the right distance, to 1e-2 of it (float32 rows).
 
@@ -57,7 +62,8 @@ def layer_discrepancy(
 
     Args:
         student: L tensors, float64/32/16 or bfloat16, any strides. Of "attention": [N, C, *space]
-            with one to three space dimensions, or tokens [N, T, D]. Of "jacobian": rows [N, ...].
+            with one to three space dimensions, or tokens [N, T, D]. Of "jacobian": rows [N, ...],
+            or L items of factors.
         teacher: L tensors alike, on the same device and of the same N. Of "attention" C and space
             may differ; of "jacobian" shapes are equal, unless norms are compared.
         kind: What is compared: "attention" or "jacobian".

@@ -118,7 +118,7 @@ class Formula(NamedTuple):
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    triton: str  # "module.function" in lwkd.kernels
+    triton: str  # "module.function" in lwkd.kernels; "" where there is no such kernel
     inputs: Callable[..., Sequence[Tensor]]  # what of the arguments is differentiable
     save: Callable[..., None]  # (ctx, arguments, output)
     backward: Callable[..., Sequence[Tensor | None]]  # (ctx, namespace, *gradients)
@@ -142,14 +142,18 @@ class Op:
         self._overloads: dict[str, Any] = {}
         self._nodes: dict[str, Any] = {}
         self.compiled: list[str] = []  # the devices for which there is a compiled kernel
+        self._triton = bool(formula.triton)
         for namespace, library in LIBRARIES.items():
+            if namespace == "lwkd_triton" and not self._triton:
+                continue
             library.define(formula.schema)
             generic = triton if namespace == "lwkd_triton" else formula.reference
             library.impl(name, generic, "CompositeExplicitAutograd")
             if namespace == "lwkd":  # the compiled libraries are loaded by now
                 has = torch._C._dispatch_has_kernel_for_dispatch_key
                 self.compiled = [d for d in ("cpu", "cuda") if has(f"lwkd::{name}", d.upper())]
-                if TRITON.live and torch.version.cuda and "cuda" not in self.compiled:
+                wanted = self._triton and TRITON.live and torch.version.cuda
+                if wanted and "cuda" not in self.compiled:
                     library.impl(name, triton, "CUDA")
             torch.library.register_fake(f"{namespace}::{name}", formula.fake, lib=library)
             overload = getattr(getattr(torch.ops, namespace), name).default
@@ -173,9 +177,13 @@ class Op:
     def choose(self, op: str, backend: str | None, device: torch.device) -> str:
         """Return the namespace that serves ``backend``; one asked for and absent raises."""
         namespace = choose(op, backend, device)
+        absent = ""
         if backend == "compiled" and device.type not in self.compiled:
-            got = f"the compiled library has no kernel of {self._name}"
-            raise RuntimeError(message(op, "backend", f"'compiled' on {device.type}", got))
+            absent = f"the compiled library has no kernel of {self._name}"
+        if backend == "triton" and not self._triton:
+            absent = f"there is no Triton kernel of {self._name}"
+        if absent:
+            raise RuntimeError(message(op, "backend", f"{backend!r} on {device.type}", absent))
         return namespace
 
 

@@ -1,5 +1,7 @@
 """The Jacobian kind: how far a student's Jacobian is from its teacher's, row by row.
 
+Rows are given as they are, or (lwkd.ops.factors) by the factors of the gradient of a layer.
+
 For layer l and sample n, with s and t the operands [N, ...] flattened behind the batch and
 eps = 1e-12, every sum in float64:
 
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwkd.ops import backends, operands
+from lwkd.ops import backends, factors, operands
 from lwkd.ops import jacobian_reference as reference
 from lwkd.ops.checks import choice, flag, message
 
@@ -40,6 +42,10 @@ def discrepancy(
     compare: str = "difference",
 ) -> Tensor:
     """Check the arguments of kind="jacobian" and call the op; see ops.layer_discrepancy."""
+    if any(map(factors.is_item, (*_items(student), *_items(teacher)))):
+        return factors.discrepancy(
+            op, student, teacher, reduction, backend, normalize=normalize, compare=compare
+        )
     flag(op, "normalize", normalize)
     choice(op, "compare", compare, tuple(reference.COMPARISONS))
     s_shapes, t_shapes = operands.check_pairs(op, student, teacher)
@@ -56,6 +62,11 @@ def discrepancy(
     how = reference.how(normalize, compare)
     distance: Tensor = ROWS(namespace, student, teacher, how, reduction == "mean")[0]
     return distance
+
+
+def _items(items: Any) -> Sequence[Any]:
+    """What is in a list of items; nothing where it is none, which the checks will say."""
+    return items if isinstance(items, (list, tuple)) and not factors.is_item(items) else ()
 
 
 # --- fake, autograd ----------------------------------------------------------------------------

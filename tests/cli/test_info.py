@@ -44,17 +44,21 @@ def test_devices_that_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_is_listed_with_who_serves_it_and_why_not() -> None:
     rows = {(r["op"], r["device"]): r for r in info.collect()["ops"]}
     assert {op for op, _ in rows} == {
-        "attention", "attention_backward", "attention_maps", "jacobian_rows",
+        "attention", "attention_backward", "attention_maps", "jacobian_factors", "jacobian_rows",
         "jacobian_rows_backward",
     }  # fmt: skip
     for (_, device), row in rows.items():
         for backend in backends.BACKENDS:
-            if not backends.unavailable(backend, device) and device == "cpu":
+            here = not backends.unavailable(backend, device) and device == "cpu"
+            if here and row["op"] != "jacobian_factors":
                 assert backend not in row["unavailable"]
             else:
                 assert row["unavailable"].get(backend, "live") != ""
-        if device == "cpu":
+        if device == "cpu" and row["op"] != "jacobian_factors":
             assert row["served_by"] == backends.serving("cpu")
+    factors = rows["jacobian_factors", "cpu"]
+    assert factors["served_by"] == "reference"
+    assert "no kernel of jacobian_factors" in factors["unavailable"]["compiled"]
     if not torch.cuda.is_available():
         row = rows["attention", "cuda"]
         assert row["served_by"] is None

@@ -122,7 +122,8 @@ def rows_backward_samples(namespace: str) -> list[tuple[Any, ...]]:
 
 def test_every_overload_is_checked() -> None:
     found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lwkd")}
-    assert found == {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
+    both = {f"{n}::jacobian_factors" for n in NAMESPACES[:2]}  # there is no Triton kernel
+    assert found == both | {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -146,6 +147,22 @@ def test_opcheck(namespace: str, op: str) -> None:
         result = torch.library.opcheck(overload, args)
         assert set(result.values()) == {"SUCCESS"}
         assert len(result) == 4
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES[:2])
+def test_opcheck_of_factors(namespace: str) -> None:
+    a, d = (cases.draw((2, 4, k), torch.float32, k) for k in (3, 5))
+    x = cases.draw((2, 4, 6), torch.bfloat16, 1)
+    dense, conv = [0] * 15, [2, 2, 0, 1, 1, 3, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+    overload = getattr(torch.ops, namespace).jacobian_factors.default
+    for args in (
+        ([a], [d], [2 * a], [d + 1], [0], dense * 2, [0], 1, True),
+        ([a, x], [d, x], [a, x.double()], [d, 2 * x], [0, 1], dense * 2 + conv * 2, [1, 0], 0,
+         False),
+        ([a[:0]], [d[:0]], [a[:0]], [d[:0]], [0], dense * 2, [0], 2, False),
+    ):  # fmt: skip
+        result = torch.library.opcheck(overload, args)
+        assert set(result.values()) == {"SUCCESS"}
 
 
 # --- fake and meta tensors -----------------------------------------------------------------------
