@@ -10,7 +10,7 @@ G_S and G_T, and c = ‖G_S‖/‖G_T‖ (c = 1 where nothing is normalised):
     compare="norms"                          D[n] = ((‖G_S‖ − ‖G_T‖)/(‖G_S‖ + ‖G_T‖))²
 
     U = G_S − cG_T = Σ_t (δ_S − cδ_T) a_Sᵀ + cδ_T (a_S − a_T)ᵀ       the stacked factors, 2T rows
-    x = ⟨U, G_S + cG_T⟩ / (‖G_S‖ + c‖G_T‖)
+    x = ⟨U, G_S + cG_T⟩ / (‖G_S‖ + c‖G_T‖)                           G_S + cG_T = 2G_S − U
 
 so that a difference of two nearly equal gradients is never taken of the gradients themselves: it
 keeps its digits in float32. A norm below eps = 1e-12 is replaced by eps. An inner product of two

@@ -20,7 +20,7 @@ DENSE, INDICES, CONVOLUTION = 0, 1, 2  # the first of the integers that say what
 FORM = 15  # of them: form, groups, transposed, and four numbers for each of three dimensions
 GRAM, DIRECT = 0, 1
 _SCRATCH = 1 << 24  # bytes of a tile of products, or of one operand's patches
-_TILE = 512  # rows or columns of a tile
+_TILE = 128  # rows of a tile of a gram: of one sum with itself, half of them are spared
 
 
 class _Item(NamedTuple):
@@ -84,17 +84,18 @@ def _layer(pairs: Sequence[_Pair], how: int, dtype: torch.dtype, n: int) -> Tens
         ss, tt = (_square(pairs, side, dtype, zero) for side in (0, 1))
         dead = (ss.sqrt() < EPS) | (tt.sqrt() < EPS)
         c = torch.where(dead, c, ss.sqrt() / tt.sqrt())
-    uu, uv = zero.clone(), zero.clone()
+    uu, us = zero.clone(), zero.clone()
     for pair in pairs:
         for part, student, teacher in _both(pair, dtype):
-            u, v = _stack(student, teacher, c[part], how == NORMALIZED)
+            u = _stack(student, teacher, c[part], how == NORMALIZED)
             uu[part] += _inner(u, u, pair.contraction)
             if how == NORMALIZED:
-                uv[part] += _inner(u, v, pair.contraction)
+                us[part] += _inner(u, student, pair.contraction)
     if how != NORMALIZED:
         return uu.clamp(min=0)
     ns, nt = ss.sqrt(), tt.sqrt()
-    near = (uu - (uv / (ns + c * nt)).square()) / (ns * (c * nt))
+    x = (2 * us - uu) / (ns + c * nt)  # G_S + cG_T is 2G_S − U
+    near = (uu - x.square()) / (ns * (c * nt))
     a, b = ns.clamp(min=EPS), nt.clamp(min=EPS)
     short = ss / a.square() + tt / b.square() - (ss + tt - uu) / a / b
     return torch.where(dead, short, near).clamp(min=0)
@@ -175,8 +176,8 @@ def _unfold(item: _Item, dtype: torch.dtype) -> _Sums:
     return _Sums(a, d)
 
 
-def _stack(s: _Sums, t: _Sums, c: Tensor, scaled: bool) -> tuple[_Sums, _Sums]:
-    """U = G_S − cG_T and V = G_S + cG_T, as factors of 2T rows.
+def _stack(s: _Sums, t: _Sums, c: Tensor, scaled: bool) -> _Sums:
+    """U = G_S − cG_T as factors of 2T rows.
 
     c is shared out, c = c_a·c_d, so that the teacher's a and d both come to the student's size: a
     network that is the other times a number may have it in either.
@@ -192,14 +193,12 @@ def _stack(s: _Sums, t: _Sums, c: Tensor, scaled: bool) -> tuple[_Sums, _Sums]:
     c_a, c_d = (x.reshape(-1, 1, 1, 1) for x in (c_a, c / c_a))
     # Differences in float64: the rounding of a product would be as large as what is left.
     near, other = (s.d - t.d * c_d).to(dtype), (t.d * c_d).to(dtype)
-    far = torch.cat([s.d, other], 2)
+    if indices and torch.equal(s.a, t.a):  # rows are the same: the difference is that of d
+        return _Sums(s.a, near)
     if indices:
-        both = torch.cat([s.a, t.a], 2)
-        if torch.equal(s.a, t.a):  # rows are the same: the difference is that of d
-            return _Sums(s.a, near), _Sums(both, far)
-        return _Sums(both, torch.cat([s.d, -other], 2)), _Sums(both, far)
-    u = _Sums(torch.cat([s.a, (s.a - t.a * c_a).to(dtype)], 2), torch.cat([near, other], 2))
-    return u, _Sums(torch.cat([s.a, (t.a * c_a).to(dtype)], 2), far)
+        return _Sums(torch.cat([s.a, t.a], 2), torch.cat([s.d, -other], 2))
+    moved = (s.a - t.a * c_a).to(dtype)
+    return _Sums(torch.cat([s.a, moved], 2), torch.cat([near, other], 2))
 
 
 # --- ⟨Σ d aᵀ, Σ d' a'ᵀ⟩, [n] in float64 ---------------------------------------------------------
