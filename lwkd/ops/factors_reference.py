@@ -152,16 +152,20 @@ def _sums(item: _Item, dtype: torch.dtype) -> _Sums:
     if item.form[0] == INDICES:
         return _Sums(item.a[:, None], item.d.to(dtype)[:, None])
     if item.form[0] == CONVOLUTION:
-        return _unfold(item, dtype)
+        return _Sums(*patches_of(item.a.to(dtype), item.d.to(dtype), item.form))
     a, d = item.a.to(dtype), item.d.to(dtype)
     return _Sums(a, d) if a.dim() == 4 else _Sums(a[:, None], d[:, None])
 
 
-def _unfold(item: _Item, dtype: torch.dtype) -> _Sums:
-    """Gather the patches: of x, or, of a transposed convolution, of d."""
-    groups, front = item.form[1], 5 - item.d.dim()
-    kernel, stride, padding, dilation = (item.form[3 + 3 * i : 6 + 3 * i] for i in range(4))
-    patches, other = (x.to(dtype) for x in _roles(item))
+def patches_of(x: Tensor, d: Tensor, form: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gather the patches of a convolution: of x, or, of a transposed one, of d.
+
+    Returns:
+        Both factors, [N, G, T, d_in] and [N, G, T, d_out].
+    """
+    groups, front = form[1], 5 - d.dim()
+    kernel, stride, padding, dilation = (form[3 + 3 * i : 6 + 3 * i] for i in range(4))
+    patches, other = (d, x) if form[2] else (x, d)
     for _ in range(front):
         patches, other = patches.unsqueeze(2), other.unsqueeze(2)
     patches = F.pad(patches, [p for p in reversed(padding) for _ in "lr"])
@@ -172,8 +176,7 @@ def _unfold(item: _Item, dtype: torch.dtype) -> _Sums:
     n, c = patches.shape[:2]
     patches = patches.reshape(n, groups, c // groups, *patches.shape[2:])
     a = patches.permute(0, 1, 3, 4, 5, 2, 6, 7, 8).flatten(5).flatten(2, 4)
-    d = other.reshape(n, groups, other.shape[1] // groups, -1).transpose(2, 3)
-    return _Sums(a, d)
+    return a, other.reshape(n, groups, other.shape[1] // groups, -1).transpose(2, 3)
 
 
 def _stack(s: _Sums, t: _Sums, c: Tensor, scaled: bool) -> _Sums:
@@ -232,6 +235,9 @@ def _gram(x: _Sums, y: _Sums) -> Tensor:
 def _direct(x: _Sums, y: _Sums) -> Tensor:
     """Tiles of Σ_t δ aᵀ."""
     total = torch.zeros(x.d.shape[0], dtype=torch.float64, device=x.d.device)
+    if x.a.shape[3] == x.d.shape[3] == 1:  # a number a group: no product of matrices
+        g = (x.d * x.a).sum(2)
+        return _dot(g, g if x is y else (y.d * y.a).sum(2))
     step = max(1, _SCRATCH // max(x.d[:, :, :1, :1].numel() * x.a.shape[3] * x.d.itemsize, 1))
     for i in range(0, x.d.shape[3], step):
         g = x.d[..., i : i + step].mT @ x.a

@@ -1,0 +1,258 @@
+"""How each module's parameters factor: the one place that knows.
+
+Of a module that was called with ``inputs`` and whose output has the gradient d, every parameter's
+gradient is, sample by sample, Σ_t d[t] a[t]ᵀ for some a: the input of a linear layer, the patches
+of a convolution, the normalised input of a norm, ones for a bias. Modules that are not in the table
+give their per-sample gradients themselves, by torch.func, as one row: right, and as large as their
+parameters times the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lwkd.ops.checks import message
+from lwkd.ops.factors import ConvFactors, Factors, Item, form_of
+from lwkd.ops.factors_reference import patches_of
+
+_Batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_Instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def supports(module: nn.Module) -> bool:
+    """Whether the module's parameters factor; else they take torch.func.
+
+    A parametrization (weight_norm, spectral_norm) has other parameters than the weight that
+    factors, and a subclass with a forward of its own does what nobody here knows.
+
+    >>> supports(nn.Conv2d(3, 8, 3)), supports(nn.Bilinear(2, 3, 4))
+    (True, False)
+    """
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if hasattr(module, "parametrizations") or not own <= {"weight", "bias"}:
+        return False
+    kind = _kind(module)
+    return kind is not None and type(module).forward is kind.forward
+
+
+def _kind(module: nn.Module) -> Any:
+    return next((kind for kind in _TABLE if isinstance(module, kind)), None)
+
+
+def factor(
+    op: str, name: str, module: nn.Module, inputs: Sequence[Any], gradient: Tensor
+) -> dict[str, Item]:
+    """Return the items of a module's trainable parameters, by their names in the module.
+
+    Args:
+        op: Who asks, for errors.
+        name: What the module is called, for errors.
+        module: The module; it was called once with ``inputs``.
+        inputs: Its positional arguments, samples first.
+        gradient: The gradient of a scalar by its output, of the output's shape.
+
+    Returns:
+        An item a parameter that requires a gradient: of ``ops.Factors`` or ``ops.ConvFactors``.
+
+    Raises:
+        ValueError: Samples are coupled (BatchNorm in train mode), or the output's gradient has not
+            the batch first.
+        RuntimeError: The module does not factor and torch.func cannot take it sample by sample.
+
+    >>> linear = nn.Linear(3, 2)
+    >>> items = factor("example", "fc", linear, [torch.rand(4, 3)], torch.rand(4, 2))
+    >>> items["weight"].a.shape, items["bias"].d.shape
+    (torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))
+    """
+    refuse_coupled(op, name, module)
+    wanted = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if not supports(module):
+        return _per_sample(op, name, module, inputs, gradient)
+    x = inputs[0]
+    if gradient.dim() < 1 or len(gradient) != len(x):
+        expected = f"an output with the batch, {len(x)}, first"
+        raise ValueError(message(op, "output", expected, list(gradient.shape), layer=name))
+    with torch.no_grad():
+        items = _TABLE[_kind(module)](module, x.detach(), gradient.detach())
+    return {n: item for n, item in items.items() if n in wanted}
+
+
+def refuse_coupled(op: str, name: str, module: nn.Module) -> None:
+    """Raise where a sample's output depends on the other samples."""
+    if isinstance(module, _Batch) and (module.training or module.running_mean is None):
+        expected = "BatchNorm in eval mode, with running statistics"
+        got = f"{type(module).__name__} that normalises by the batch: its samples are coupled"
+        raise ValueError(message(op, "module", expected, got, layer=name))
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[N, ..., K] as [N, T, K]."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _bias(d: Tensor) -> Factors:
+    """Of what is added to d [N, T, K] at every t."""
+    return Factors(d.new_ones(1, 1, 1).expand(*d.shape[:2], 1), d)
+
+
+def _linear(module: nn.Linear, x: Tensor, d: Tensor) -> dict[str, Item]:
+    x, d = _tokens(x), _tokens(d)
+    return {"weight": Factors(x, d), "bias": _bias(d)}
+
+
+def _embedding(module: nn.Embedding, x: Tensor, d: Tensor) -> dict[str, Item]:
+    rows, d = x.reshape(len(x), -1), d.reshape(len(d), -1, module.embedding_dim)
+    if module.padding_idx is not None:
+        d = d.masked_fill((rows == module.padding_idx)[..., None], 0)
+    return {"weight": Factors(rows.long(), d)}
+
+
+def _convolution(module: Any, x: Tensor, d: Tensor) -> dict[str, Item]:
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        padding = (0,) * len(module.kernel_size)
+    weight = ConvFactors(
+        x, d, module.kernel_size, module.stride, padding, module.dilation, module.groups,
+        isinstance(module, _Transposed),
+    )  # fmt: skip
+    return {"weight": weight, "bias": _bias(d.flatten(2).mT)}
+
+
+def _elementwise(normal: Tensor, d: Tensor) -> dict[str, Item]:
+    """Of a scale and a shift of K channels, [N, T, K]: a group a channel, of one number each."""
+    groups = [z.mT.unsqueeze(3) for z in (normal, d)]
+    return {"weight": Factors(groups[0], groups[1]), "bias": _bias(d)}
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor, d: Tensor) -> dict[str, Item]:
+    normal = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    return _behind(normal, d, module.normalized_shape)
+
+
+def _rms_norm(module: Any, x: Tensor, d: Tensor) -> dict[str, Item]:
+    normal = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    return _behind(normal, d, module.normalized_shape)
+
+
+def _behind(normal: Tensor, d: Tensor, shape: Sequence[int]) -> dict[str, Item]:
+    """[N, ..., *shape] as [N, T, K]."""
+    between = d.shape[1 : d.dim() - len(shape)]
+    return _elementwise(*(z.reshape(len(z), prod(between), prod(shape)) for z in (normal, d)))
+
+
+def _ahead(normal: Tensor, d: Tensor) -> dict[str, Item]:
+    """[N, C, *space] as [N, T, C]."""
+    return _elementwise(*(z.reshape(*z.shape[:2], -1).mT for z in (normal, d)))
+
+
+def _group_norm(module: nn.GroupNorm, x: Tensor, d: Tensor) -> dict[str, Item]:
+    return _ahead(F.group_norm(x, module.num_groups, None, None, module.eps), d)
+
+
+def _batch_norm(module: Any, x: Tensor, d: Tensor) -> dict[str, Item]:
+    mean, var = module.running_mean, module.running_var
+    return _ahead(F.batch_norm(x, mean, var, None, None, False, 0.0, module.eps), d)
+
+
+def _instance_norm(module: Any, x: Tensor, d: Tensor) -> dict[str, Item]:
+    fixed = module.track_running_stats and not module.training
+    mean, var = (module.running_mean, module.running_var) if fixed else (None, None)
+    return _ahead(F.instance_norm(x, mean, var, None, None, not fixed, 0.0, module.eps), d)
+
+
+_TABLE: dict[Any, Callable[..., dict[str, Item]]] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    **dict.fromkeys((*_Conv, *_Transposed), _convolution),
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+    **dict.fromkeys(_Batch, _batch_norm),
+    **dict.fromkeys(_Instance, _instance_norm),
+}
+
+# --- what is not in the table ------------------------------------------------------------------
+
+
+def _per_sample(
+    op: str, name: str, module: nn.Module, inputs: Sequence[Any], gradient: Tensor
+) -> dict[str, Item]:
+    """Per-sample gradients by torch.func, each as one row: a of one 1, d the gradient."""
+    params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    fixed = {n: b.detach() for n, b in (*module.named_parameters(), *module.named_buffers())
+             if n not in params}  # fmt: skip
+    tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+
+    def scalar(p: dict[str, Tensor], d: Tensor, *xs: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for i, x in zip(tensors, xs, strict=True):
+            arguments[i] = x[None]
+        out = functional_call(module, {**p, **fixed}, tuple(arguments))
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        total: Tensor = (out * d[None]).sum()
+        return total
+
+    xs = [inputs[i].detach() for i in tensors]
+    dims = (None, 0, *[0] * len(xs))
+    try:
+        grads = vmap(grad(scalar), in_dims=dims)(params, gradient.detach(), *xs)
+    except Exception as error:
+        expected = "a module that torch.func can run sample by sample, or one that factors"
+        got = f"{type(module).__name__}: {str(error).strip().splitlines()[0]}"
+        raise RuntimeError(message(op, "module", expected, got, layer=name)) from error
+    ones = gradient.new_ones(len(gradient), 1, 1)
+    return {n: Factors(ones.to(g.dtype), g.flatten(1)[:, None]) for n, g in grads.items()}
+
+
+# --- a parameter that is used more than once -----------------------------------------------------
+
+
+def add(items: Sequence[Item]) -> Item:
+    """Return the item of the sum of gradients: a weight's that was used several times.
+
+    Factors are put one behind the other along T; convolutions are unfolded for that.
+
+    >>> a, d = torch.rand(2, 4, 3), torch.rand(2, 4, 5)
+    >>> add([Factors(a, d), Factors(a, d)]).a.shape
+    torch.Size([2, 8, 3])
+    """
+    if len(items) == 1:
+        return items[0]
+    dense = [_dense(item) for item in items]
+    if len({item.a.dtype == torch.int64 for item in dense}) > 1:  # an embedding's and a Linear's
+        linear = next(item for item in dense if item.a.dtype != torch.int64)
+        dense = [_transposed_rows(item, linear.d.shape[-1]) for item in dense]
+    dtype = dense[0].d.dtype
+    for item in dense[1:]:
+        dtype = torch.promote_types(dtype, item.d.dtype)
+    rows = dense[0].a.dtype == torch.int64
+    a = torch.cat([item.a if rows else item.a.to(dtype) for item in dense], 1 if rows else -2)
+    return Factors(a, torch.cat([item.d.to(dtype) for item in dense], -2))
+
+
+def _dense(item: Item) -> Factors:
+    if isinstance(item, Factors):
+        return item
+    a, d = patches_of(item.x, item.d, form_of(item))
+    return Factors(a, d)
+
+
+def _transposed_rows(item: Factors, rows: int) -> Factors:
+    """An embedding's gradient as that of the Linear it is tied to: d of ones at its rows."""
+    if item.a.dtype != torch.int64:
+        return item
+    return Factors(item.d, F.one_hot(item.a, rows).to(item.d.dtype))
