@@ -3,11 +3,12 @@
 from lwkd import losses, ops
 from lwkd._version import __version__
 from lwkd.layers import LayerPair, LayerPairs, pair_layers
-from lwkd.meters import AttentionMeter
+from lwkd.meters import AttentionMeter, JacobianMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 __all__ = [
     "AttentionMeter",
+    "JacobianMeter",
     "LayerPair",
     "LayerPairs",
     "LayerwiseLR",

@@ -9,7 +9,7 @@ parameters times the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -49,9 +49,16 @@ def _kind(module: nn.Module) -> Any:
 
 
 def factor(
-    op: str, name: str, module: nn.Module, inputs: Sequence[Any], gradient: Tensor
+    op: str,
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[Any],
+    gradient: Tensor,
+    *,
+    keywords: Mapping[str, Any] | None = None,
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Item]:
-    """Return the items of a module's trainable parameters, by their names in the module.
+    """Return the items of a module's parameters, by their names in the module.
 
     Args:
         op: Who asks, for errors.
@@ -59,9 +66,11 @@ def factor(
         module: The module; it was called once with ``inputs``.
         inputs: Its positional arguments, samples first.
         gradient: The gradient of a scalar by its output, of the output's shape.
+        keywords: Its keyword arguments, none of them a tensor.
+        wanted: Names of parameters; None means those that require a gradient.
 
     Returns:
-        An item a parameter that requires a gradient: of ``ops.Factors`` or ``ops.ConvFactors``.
+        An item a parameter: of ``ops.Factors`` or ``ops.ConvFactors``.
 
     Raises:
         ValueError: Samples are coupled (BatchNorm in train mode), or the output's gradient has not
@@ -74,9 +83,14 @@ def factor(
     (torch.Size([4, 1, 3]), torch.Size([4, 1, 2]))
     """
     refuse_coupled(op, name, module)
-    wanted = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if wanted is None:
+        wanted = {n for n, p in parameters(module).items() if p.requires_grad}
+    for key, value in (keywords or {}).items():
+        if isinstance(value, Tensor):
+            expected = "a call without tensors by keyword: whose dimension the batch is, is unknown"
+            raise RuntimeError(message(op, "module", expected, repr(key), layer=name))
     if not supports(module):
-        return _per_sample(op, name, module, inputs, gradient)
+        return _per_sample(op, name, module, inputs, keywords or {}, gradient, wanted)
     x = inputs[0]
     if gradient.dim() < 1 or len(gradient) != len(x):
         expected = f"an output with the batch, {len(x)}, first"
@@ -84,6 +98,11 @@ def factor(
     with torch.no_grad():
         items = _TABLE[_kind(module)](module, x.detach(), gradient.detach())
     return {n: item for n, item in items.items() if n in wanted}
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that `factor` speaks of: the module's own, or all inside one that does not factor."""
+    return dict(module.named_parameters(recurse=not supports(module)))
 
 
 def refuse_coupled(op: str, name: str, module: nn.Module) -> None:
@@ -189,10 +208,16 @@ _TABLE: dict[Any, Callable[..., dict[str, Item]]] = {
 
 
 def _per_sample(
-    op: str, name: str, module: nn.Module, inputs: Sequence[Any], gradient: Tensor
+    op: str,
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any],
+    gradient: Tensor,
+    wanted: Collection[str],
 ) -> dict[str, Item]:
     """Per-sample gradients by torch.func, each as one row: a of one 1, d the gradient."""
-    params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    params = {n: p.detach() for n, p in module.named_parameters() if n in wanted}
     fixed = {n: b.detach() for n, b in (*module.named_parameters(), *module.named_buffers())
              if n not in params}  # fmt: skip
     tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
@@ -201,7 +226,7 @@ def _per_sample(
         arguments = list(inputs)
         for i, x in zip(tensors, xs, strict=True):
             arguments[i] = x[None]
-        out = functional_call(module, {**p, **fixed}, tuple(arguments))
+        out = functional_call(module, {**p, **fixed}, tuple(arguments), dict(keywords))
         out = out[0] if isinstance(out, (tuple, list)) else out
         total: Tensor = (out * d[None]).sum()
         return total

@@ -340,7 +340,7 @@ def _fork_generators(stack: ExitStack, networks: Sequence[nn.Module]) -> None:
 
 def run(
     op: str, network: nn.Module, inputs: object, side: str = "network", argument: str = "inputs"
-) -> None:
+) -> Any:
     """Call a network with inputs on its own device.
 
     Args:
@@ -351,12 +351,16 @@ def run(
         side: What the caller calls the network, for errors.
         argument: What the caller calls the inputs, for errors.
 
+    Returns:
+        What the network returned.
+
     Raises:
         TypeError: If inputs are none of these.
         ValueError: If the network has lazy modules that have not run yet: they would not be left
             as they were.
 
-    >>> run("example", nn.Linear(2, 3), torch.zeros(1, 2))
+    >>> run("example", nn.Linear(2, 3), torch.zeros(1, 2)).shape
+    torch.Size([1, 3])
     """
     for name, module in network.named_modules():
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
@@ -364,14 +368,13 @@ def run(
             raise ValueError(message(op, side, expected, type(module).__name__, layer=name))
     home = next((x.device for x in (*network.parameters(), *network.buffers())), None)
     if isinstance(inputs, Tensor):
-        network(_move(inputs, home))
-    elif isinstance(inputs, tuple):
-        network(*(_move(x, home) for x in inputs))
-    elif isinstance(inputs, Mapping):
-        network(**{name: _move(x, home) for name, x in inputs.items()})
-    else:
-        expected = "a tensor, a tuple of arguments or a dict of keyword arguments"
-        raise TypeError(message(op, argument, expected, type(inputs)))
+        return network(_move(inputs, home))
+    if isinstance(inputs, tuple):
+        return network(*(_move(x, home) for x in inputs))
+    if isinstance(inputs, Mapping):
+        return network(**{name: _move(x, home) for name, x in inputs.items()})
+    expected = "a tensor, a tuple of arguments or a dict of keyword arguments"
+    raise TypeError(message(op, argument, expected, type(inputs)))
 
 
 def _move(x: Any, device: torch.device | None) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd.losses.terms import LossTerms
 from lwkd.ops import attention_maps
+from lwkd.ops.attention_reference import pool
 from lwkd.ops.backends import check_name
 from lwkd.ops.checks import flag, message, number
 from lwkd.ops.jacobian import discrepancy
@@ -203,7 +203,7 @@ class GradientAttentionTransfer(nn.Module):
 
     >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> x, y = torch.rand(8, 4, requires_grad=True), torch.arange(8) % 3
-    >>> losses = [F.cross_entropy(net(x), y) for net in (student, teacher)]
+    >>> losses = [nn.functional.cross_entropy(net(x), y) for net in (student, teacher)]
     >>> terms = GradientAttentionTransfer(beta=1.0)(*losses, x)
     >>> (losses[0] + terms.total).backward()
     """
@@ -275,12 +275,10 @@ def input_rows(
     return row
 
 
-def common_grid(op: str, s: Tensor, t: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+def common_grid(op: str, s: Tensor, t: Tensor, *, layer: object) -> tuple[Tensor, Tensor]:
     """Pool both maps [N, *space] to the smaller size in each dimension, and flatten them."""
     if s.dim() != t.dim():
         expected, got = f"{s.dim() - 1} space dimension(s), as the student's", t.dim() - 1
         raise ValueError(message(op, "teacher", expected, got, layer=layer))
-    grid = tuple(min(pair) for pair in zip(s.shape[1:], t.shape[1:], strict=True))
-    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(grid) - 1]
-    both = [m if m.shape[1:] == grid else pool(m[:, None], grid)[:, 0] for m in (s, t)]
-    return both[0].flatten(1), both[1].flatten(1)
+    grid = [min(pair) for pair in zip(s.shape[1:], t.shape[1:], strict=True)]
+    return pool(s, grid).flatten(1), pool(t, grid).flatten(1)

@@ -1,5 +1,6 @@
 """Meters: what each kind needs from two networks, gathered while they run."""
 
 from lwkd.meters.attention import AttentionMeter
+from lwkd.meters.jacobian import JacobianMeter
 
-__all__ = ["AttentionMeter"]
+__all__ = ["AttentionMeter", "JacobianMeter"]

@@ -78,7 +78,8 @@ def power_map(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     return x.abs().sum(1) if p == 1 else x.abs().pow(p).sum(1)
 
 
-def _pool(m: Tensor, space: Sequence[int]) -> Tensor:
+def pool(m: Tensor, space: Sequence[int]) -> Tensor:
+    """Average a map [N, *] over the cells of ``space``, the adaptive pooling of torch."""
     if list(m.shape[1:]) == list(space):
         return m
     if 0 in m.shape or 0 in space:
@@ -88,7 +89,7 @@ def _pool(m: Tensor, space: Sequence[int]) -> Tensor:
 
 
 def _unpool(g: Tensor, raw: Sequence[int]) -> Tensor:
-    """Transpose of :func:`_pool`: from the common space back to the raw one."""
+    """Transpose of :func:`pool`: from the common space back to the raw one."""
     for d, size in enumerate(raw, start=1):
         out = g.shape[d]
         if out != size:
@@ -157,7 +158,7 @@ def forward(
             (student[layer], student_layout[4 * layer : 4 * layer + 4]),
             (teacher[layer], teacher_layout[4 * layer : 4 * layer + 4]),
         ):
-            m = _pool(power_map(canonical(x, layout), p, dtype), space).flatten(1)
+            m = pool(power_map(canonical(x, layout), p, dtype), space).flatten(1)
             pair.append(torch.where(_keep(mask, layer, m), m, torch.zeros_like(m)))
         keep = _keep(mask, layer, pair[0])
         if divergence == DIVERGENCES["l2"]:

@@ -33,8 +33,8 @@ from lwkd.ops.checks import choice, flag, message
 
 def discrepancy(
     op: str,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    student: Sequence[Any],
+    teacher: Sequence[Any],
     reduction: str,
     backend: str | None,
     *,

@@ -1,0 +1,193 @@
+"""What the modules of a network were called with, and where their outputs enter the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from lwkd import factoring
+from lwkd.hooks import first_tensor
+from lwkd.ops.checks import message
+from lwkd.ops.factors import Item
+
+
+class Owner(NamedTuple):
+    """A module with parameters inside a layer, and which of them count."""
+
+    path: str  # within the layer, "" for the layer itself
+    name: str  # within the network, for errors
+    module: nn.Module
+    wanted: frozenset[str]
+
+
+def owners(
+    layer: str, module: nn.Module, counts: Callable[[str, nn.Parameter], bool]
+) -> list[Owner]:
+    """The modules of a layer that have parameters that count, in order.
+
+    A module that does not factor stands for everything inside it.
+
+    Args:
+        layer: The layer's name.
+        module: The layer.
+        counts: Whether a parameter counts, by its name within the layer.
+    """
+    found: list[Owner] = []
+
+    def visit(path: str, m: nn.Module) -> None:
+        own = dict(m.named_parameters(recurse=False))
+        inside = factoring.parameters(m) if own or hasattr(m, "parametrizations") else {}
+        start = f"{path}." if path else ""
+        wanted = frozenset(n for n, p in inside.items() if counts(start + n, p))
+        if wanted:
+            name = ".".join(part for part in (layer, path) if part)
+            found.append(Owner(path, name, m, wanted))
+        if not inside or factoring.supports(m):
+            for child, inner in m.named_children():
+                visit(start + child, inner)
+
+    visit("", module)
+    return found
+
+
+class Call(NamedTuple):
+    """One call of one module."""
+
+    inputs: tuple[Any, ...]
+    versions: tuple[int, ...]
+    keywords: Mapping[str, Any]
+    edge: Any  # where the gradient by the output can be asked for
+    heard: list[Tensor]  # the gradient by the output, once a backward pass has come by
+
+
+class Calls:
+    """Records the calls of modules for the length of a with-block, graph included.
+
+    An output that no gradient would reach, since everything before it is frozen, is made the
+    beginning of a graph of its own. Recomputations of activation checkpointing do not count.
+
+    Args:
+        op: The public name of the caller, for errors.
+        side: "student" or "teacher", for errors.
+        modules: What to watch.
+        listen: Hear the gradients of whoever runs the backward pass, instead of running one.
+    """
+
+    def __init__(
+        self, op: str, side: str, modules: Sequence[Owner], *, listen: bool = False
+    ) -> None:
+        self._op, self._side, self._modules, self._listen = op, side, modules, listen
+        self._records: list[list[Call]] = [[] for _ in modules]
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Calls:
+        with ExitStack() as stack:
+            for i, owner in enumerate(self._modules):
+                hook = owner.module.register_forward_hook(partial(self._hook, i), with_kwargs=True)
+                stack.callback(hook.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def _hook(
+        self, i: int, module: nn.Module, inputs: tuple[Any, ...], keywords: Any, output: Any
+    ) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            return None
+        out = first_tensor(output)
+        name = self._modules[i].name
+        if out is None or not out.is_floating_point():
+            got = type(output).__name__
+            expected = "a module that returns a floating tensor, or a tuple or list that starts so"
+            raise TypeError(message(self._op, self._side, expected, got, layer=name))
+        if not torch.is_grad_enabled():
+            expected, got = "a layer that runs with gradients", "one under no_grad or checkpointed"
+            raise RuntimeError(message(self._op, self._side, expected, got, layer=name))
+        changed = None
+        if not out.requires_grad:
+            # Not a leaf: what comes next may change it in place.
+            out = out.detach().requires_grad_().clone()
+            changed = out if isinstance(output, Tensor) else type(output)((out, *output[1:]))
+        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        versions = tuple(x._version if isinstance(x, Tensor) else 0 for x in kept)
+        heard: list[Tensor] = []
+        if self._listen:
+            out.register_hook(partial(_hear, heard))
+        self._records[i].append(Call(kept, versions, keywords, get_gradient_edge(out), heard))
+        return changed
+
+    def items(self, scalar: Tensor | None = None) -> list[dict[str, Item]]:
+        """Run one backward pass from a scalar; return each module's items by parameter.
+
+        Args:
+            scalar: What to differentiate; None where the gradients were listened to.
+
+        Raises:
+            RuntimeError: A module that did not run, one whose output the scalar does not depend
+                on, or an input that was changed in place after the call.
+        """
+        flat = [(owner, call) for owner, calls in self._each() for call in calls]
+        grads: Sequence[Tensor | None]
+        if scalar is None:
+            grads = [sum(call.heard[1:], call.heard[0]) if call.heard else None for _, call in flat]
+        else:
+            grads = torch.autograd.grad(scalar, [c.edge for _, c in flat], allow_unused=True)
+        out: dict[int, list[dict[str, Item]]] = {}
+        for (owner, call), g in zip(flat, grads, strict=True):
+            out.setdefault(id(owner), []).append(self._factor(owner, call, g))
+        self._records = [[] for _ in self._modules]
+        return [
+            {n: factoring.add([items[n] for items in out[id(owner)]]) for n in out[id(owner)][0]}
+            for owner in self._modules
+        ]
+
+    def _each(self) -> Iterator[tuple[Owner, list[Call]]]:
+        for owner, calls in zip(self._modules, self._records, strict=True):
+            if not calls:
+                expected, got = "the layer to run in the forward", "no call"
+                raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
+            yield owner, calls
+
+    def _factor(self, owner: Owner, call: Call, gradient: Tensor | None) -> dict[str, Item]:
+        if gradient is None:
+            expected, got = "a layer that the output depends on", "one that it does not"
+            if self._listen:
+                expected, got = "a backward pass before the call", "none that reached the layer"
+            raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
+        now = tuple(x._version if isinstance(x, Tensor) else 0 for x in call.inputs)
+        if now != call.versions:
+            expected = "an input that is left as it was"
+            got = "one changed in place after the layer had read it"
+            raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
+        return factoring.factor(
+            self._op, owner.name, owner.module, call.inputs, gradient,
+            keywords=call.keywords, wanted=owner.wanted,
+        )  # fmt: skip
+
+
+def _hear(heard: list[Tensor], gradient: Tensor) -> None:
+    heard.append(gradient.detach())
+
+
+def by_parameter(modules: Sequence[Owner], items: Sequence[Mapping[str, Item]]) -> dict[str, Item]:
+    """The items of one layer by parameter, what is tied within the layer added together."""
+    shared: dict[int, tuple[str, list[Item]]] = {}
+    for owner, found in zip(modules, items, strict=True):
+        own = factoring.parameters(owner.module)
+        for n, item in found.items():
+            name = f"{owner.path}.{n}" if owner.path else n
+            shared.setdefault(id(own[n]), (name, []))[1].append(item)
+    return {name: factoring.add(parts) for name, parts in shared.values()}
+
+
+def names(modules: Collection[Owner]) -> set[str]:
+    """The parameters that count, by their names within the layer."""
+    return {f"{o.path}.{n}" if o.path else n for o in modules for n in o.wanted}
