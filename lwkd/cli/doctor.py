@@ -1,8 +1,8 @@
 """Run every backend on every device and in every dtype, and compare to float64.
 
-Distances ("l2" and "js"), gradients and maps, in several layouts, against the definition written
-out a second time. An error of more than the tolerance, a value that is not finite, a backend that
-raises: exit code 1.
+Distances ("l2" and "js", and of Jacobian rows and factors), gradients and maps, in several layouts,
+against the definition written out a second time. An error of more than the tolerance, a value that
+is not finite, a backend that raises: exit code 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lwkd import ops
-from lwkd.cli import table
+from lwkd.cli import doctor_jacobian, table
 from lwkd.cli.definition import CASES, Case, Sides, distance, layout
 from lwkd.cli.info import why_not
 from lwkd.ops import backends
@@ -134,6 +134,7 @@ def examine(backend: str, device: str, dtype: torch.dtype) -> Diagnosis:
         _try_maps(diagnosis)
     with diagnosis.catching("exact values"):
         _try_exact(diagnosis)
+    doctor_jacobian.examine(diagnosis)
     return diagnosis
 
 
