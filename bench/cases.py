@@ -132,6 +132,62 @@ class RowsCase:
 
 
 @dataclass(frozen=True)
+class FactorsCase:
+    """The factors of one layer: a Linear's (rows, inputs, outputs) or a 3×3 convolution's."""
+
+    name: str
+    title: str
+    device: str
+    samples: int
+    inputs: int
+    outputs: int
+    rows: int  # tokens, or the side of a square of positions
+    conv: bool = False
+    normalize: bool = True
+    apart: float = 1e-2
+    small: bool = False
+    modes: tuple[str, ...] = (FORWARD,)
+
+    def quick(self) -> FactorsCase:
+        sizes = dict(samples=2, inputs=8, outputs=6, rows=5)
+        return replace(self, title=f"{self.title} (quick)", **sizes)
+
+    def draw(self, seed: int) -> Inputs:
+        """[a, d] of the student and of the teacher."""
+        g = torch.Generator(self.device).manual_seed(seed)
+        if self.conv:
+            shapes = [(self.samples, c, self.rows, self.rows) for c in (self.inputs, self.outputs)]
+        else:
+            shapes = [(self.samples, self.rows, c) for c in (self.inputs, self.outputs)]
+        student = [torch.randn(s, generator=g, device=self.device) for s in shapes]
+        noise = [torch.randn(s, generator=g, device=self.device) for s in shapes]
+        return Inputs(student, [x + self.apart * z for x, z in zip(student, noise, strict=True)])
+
+    def flops(self) -> dict[str, float]:
+        """Of ‖U‖² by either contraction: 2T rows, and of a gram the three blocks of four."""
+        rows = self.rows**2 if self.conv else self.rows
+        inputs = self.inputs * (9 if self.conv else 1)
+        gram = 3 * 2 * rows * rows * (inputs + self.outputs)
+        return {"gram": gram, "direct": 2 * 2 * rows * inputs * self.outputs}
+
+
+@dataclass(frozen=True)
+class MeterCase:
+    """JacobianMeter.measure of two networks at 32×32, every layer that has parameters."""
+
+    name: str
+    title: str
+    device: str
+    samples: int
+    network: str
+    small: bool = False
+    modes: tuple[str, ...] = (FORWARD,)
+
+    def quick(self) -> MeterCase:
+        return replace(self, title=f"{self.title} (quick)", samples=2)
+
+
+@dataclass(frozen=True)
 class StepCase:
     """A whole distillation step: ResNet-50 teaches ResNet-18, with autocast to bfloat16."""
 
@@ -161,6 +217,23 @@ ROWS_CASES = tuple(
     )
     for normalize in (True, False)
 )  # fmt: skip
+FACTORS_CASES = tuple(
+    FactorsCase(
+        f"{name}{'' if normalize else '-difference'}",
+        f"Jacobian factors, {title}{'' if normalize else ', not normalised'}", "cpu",
+        samples, inputs, outputs, rows, conv, normalize,
+    )
+    for name, title, samples, inputs, outputs, rows, conv in (
+        ("linear", "Linear 768→3072, N=32, T=197", 32, 768, 3072, 197, False),
+        ("conv14", "conv 256→256 3×3 at 14², N=32", 32, 256, 256, 14, True),
+        ("conv56", "conv 64→64 3×3 at 56², N=16", 16, 64, 64, 56, True),
+    )
+    for normalize in (True, False)
+)  # fmt: skip
+METER_CASES = (
+    MeterCase("meter-resnet18", "JacobianMeter, ResNet-18, N=64, 32²", "cpu", 64, "resnet18"),
+    MeterCase("meter-vit", "JacobianMeter, ViT d192 × 4, N=64, 32²", "cpu", 64, "vit"),
+)
 STEP_CASE = StepCase(
     "gpu-distillation", "Distillation step, ResNet-50 → ResNet-18, N=256, bf16", "cuda", 256, 224
 )

@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CPU_CASES, GPU_CASES, ROWS_CASES, STEP_CASE, Case, RowsCase, StepCase
+from bench.cases import (
+    CPU_CASES,
+    FACTORS_CASES,
+    GPU_CASES,
+    METER_CASES,
+    ROWS_CASES,
+    STEP_CASE,
+    StepCase,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 BENCH = Path(__file__).parent
@@ -26,10 +34,18 @@ RIVALS = {
     "at_loss": ("at_loss",),
     "torchdistill": ("torchdistill",),
 }
+JACOBIAN_RIVALS = {
+    "torch.compile": ("compile",),
+    "eager": ("eager", "eager norm"),
+    "vmap(grad)": ("vmap(grad)",),
+    "ghost norm": ("ghost norm",),
+}
 UNMEASURED, ABSENT = "unmeasured", "–"
-CASES: dict[str, tuple[Case | RowsCase, ...]] = {
-    "cpu": (*CPU_CASES, *(case for case in ROWS_CASES if case.device == "cpu")),
-    "cuda": (*GPU_CASES, *(case for case in ROWS_CASES if case.device == "cuda")),
+_JACOBIAN: tuple[Any, ...] = (*ROWS_CASES, *FACTORS_CASES, *METER_CASES)
+# Device -> the cases of the first table, and of the second.
+CASES: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
+    "cpu": (CPU_CASES, [case for case in _JACOBIAN if case.device == "cpu"]),
+    "cuda": (GPU_CASES, [case for case in _JACOBIAN if case.device == "cuda"]),
 }
 # What every row says; a pass over a whole step has no gbps, but says so.
 KEYS = (
@@ -40,6 +56,7 @@ KEYS = (
 Row = dict[str, Any]
 Machine = tuple[str, str, str]  # device, model, malloc
 Measured = dict[tuple[str, str, str], Row]  # by case, mode, rival
+Columns = Mapping[str, Sequence[str]]
 
 
 def _row(line: str, where: str) -> Row:
@@ -76,11 +93,12 @@ def _fastest(measured: Measured, case: str, mode: str, rivals: Iterable[str]) ->
 
 def best_rival(measured: Measured, case: str, mode: str) -> Row | None:
     """The fastest of the rivals in the same run, if there were any."""
-    everyone = [rival for rivals in RIVALS.values() for rival in rivals]
+    columns = (*RIVALS.values(), *JACOBIAN_RIVALS.values())
+    everyone = dict.fromkeys(rival for rivals in columns for rival in rivals)
     return _fastest(measured, case, mode, everyone)
 
 
-def _wins(measured: Measured, cases: Iterable[Case | RowsCase]) -> dict[str, float]:
+def _wins(measured: Measured, cases: Iterable[Any]) -> dict[str, float]:
     """How many times longer than ours the best rival takes, row by row."""
     wins = {}
     for case in cases:
@@ -111,20 +129,23 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _line(measured: Measured, case: Case | RowsCase, mode: str) -> list[str]:
+def _line(measured: Measured, case: Any, mode: str, columns: Columns) -> list[str]:
     ours = measured.get((case.name, mode, OURS))
     if ours is None:
-        return [case.title, mode, UNMEASURED, *[ABSENT] * (4 + len(RIVALS))]
+        return [case.title, mode, UNMEASURED, *[ABSENT] * (4 + len(columns))]
     best = best_rival(measured, case.name, mode)
-    first = ABSENT if best is None else f"**{best['to_ours']:.2f} ×** {_column(best['rival'])}"
-    floors = [ours, *(_fastest(measured, case.name, mode, r) for r in RIVALS.values())]
+    first = (
+        ABSENT if best is None else f"**{best['to_ours']:.2f} ×** {_column(best['rival'], columns)}"
+    )
+    floors = [ours, *(_fastest(measured, case.name, mode, r) for r in columns.values())]
     cells = [f"{r['to_floor']:.2f}" if r else ABSENT for r in floors]
-    rates = [f"{ours['gbps']:.1f}", f"{ours['samples_per_s']:,.0f}"]
+    gbps = ABSENT if ours["gbps"] is None else f"{ours['gbps']:.1f}"
+    rates = [gbps, f"{ours['samples_per_s']:,.0f}"]
     return [case.title, mode, first, _time(ours["seconds"]), *cells, *rates]
 
 
-def _column(rival: str) -> str:
-    return next(column for column, rivals in RIVALS.items() if rival in rivals)
+def _column(rival: str, columns: Columns) -> str:
+    return next(column for column, rivals in columns.items() if rival in rivals)
 
 
 def _step_line(measured: Measured, case: StepCase, mode: str) -> list[str]:
@@ -152,14 +173,18 @@ def _heading(machine: Machine, measured: Measured) -> str:
     return f"**{'GPU' if device == 'cuda' else 'CPU'}: {', '.join(parts)}**"
 
 
-def _section(title: str, measured: Measured, cases: Sequence[Case | RowsCase]) -> list[str]:
-    summary = _summary(_wins(measured, cases))
-    head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
-    head += [f"{column} / floor" for column in RIVALS] + ["GB/s", "samples/s"]
-    lines = [_line(measured, case, mode) for case in cases for mode in case.modes]
-    if not measured:
-        head, lines = head[:3], [line[:3] for line in lines]
-    return [title, "", *([summary, ""] if summary else []), *_table(head, lines), ""]
+def _section(title: str, measured: Measured, tables: Sequence[Sequence[Any]]) -> list[str]:
+    """The tables of one machine: attention, then Jacobians."""
+    out = [title, ""]
+    for cases, columns in zip(tables, (RIVALS, JACOBIAN_RIVALS), strict=True):
+        summary = _summary(_wins(measured, cases))
+        head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
+        head += [f"{column} / floor" for column in columns] + ["GB/s", "samples/s"]
+        lines = [_line(measured, case, mode, columns) for case in cases for mode in case.modes]
+        if not measured:
+            head, lines = head[:3], [line[:3] for line in lines]
+        out += [*([summary, ""] if summary else []), *_table(head, lines), ""]
+    return out
 
 
 def render(machines: dict[Machine, Measured]) -> str:
@@ -167,7 +192,9 @@ def render(machines: dict[Machine, Measured]) -> str:
     out = [
         "Pass f is the forward without gradients, f+b the forward with the gradient of every "
         "student layer. A time over the floor's: the floor reads every input once (f) and reads "
-        "the student's again and writes as much (f+b). Medians of ratios within a round.",
+        "the student's again and writes as much (f+b); of factors it is the library's products of "
+        "the contraction with the fewest operations, of a meter a forward and a backward of both "
+        "networks. Medians of ratios within a round.",
         "",
     ]
     for device, label in (("cpu", "CPU"), ("cuda", "GPU")):
@@ -206,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for machine, measured in sorted(machines.items()):
         print(_heading(machine, measured).strip("*"))
-        print(_summary(_wins(measured, CASES[machine[0]])) or "no rivals were measured")
+        every = [case for cases in CASES[machine[0]] for case in cases]
+        print(_summary(_wins(measured, every)) or "no rivals were measured")
     old = options.readme.read_text(encoding="utf-8")
     try:
         new = splice(old, render(machines))

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case, RowsCase, StepCase
 from lwkd.ops import backends
 
 REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
@@ -146,7 +145,7 @@ class Race:
 
     def __call__(
         self,
-        case: Case | RowsCase | StepCase,
+        case: Any,
         mode: str,
         rivals: Mapping[str, Calls],
         *,
