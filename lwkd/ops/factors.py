@@ -282,8 +282,9 @@ def choose_contraction(item: Item) -> str:
     """The contraction that takes fewer operations for this item: "gram" or "direct".
 
     A gram of 2T rows is symmetric: 2T·2T·(d_in + d_out) operations a sample and group, against
-    2·2T·d_in·d_out.
+    2·2T·d_in·d_out. Of a convolution a gram counts four times: it wants the patches in memory.
     """
+    weight = 4 if isinstance(item, ConvFactors) else 1
     if isinstance(item, ConvFactors):
         patches, other = (item.d, item.x) if item.transposed else (item.x, item.d)
         rows, inputs = 1, patches.shape[1] // item.groups
@@ -294,7 +295,7 @@ def choose_contraction(item: Item) -> str:
         return "gram"
     else:
         rows, inputs, outputs = item.a.shape[-2], item.a.shape[-1], item.d.shape[-1]
-    return "gram" if rows * (inputs + outputs) < inputs * outputs else "direct"
+    return "gram" if weight * rows * (inputs + outputs) < inputs * outputs else "direct"
 
 
 # --- fake, autograd ----------------------------------------------------------------------------

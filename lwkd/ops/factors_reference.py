@@ -20,6 +20,8 @@ DENSE, INDICES, CONVOLUTION = 0, 1, 2  # the first of the integers that say what
 FORM = 15  # of them: form, groups, transposed, and four numbers for each of three dimensions
 GRAM, DIRECT = 0, 1
 _SCRATCH = 1 << 24  # bytes of a tile of products, or of one operand's patches
+# A norm is off by 1e-6 of itself at the most: from so large a distance on, by less than 1e-6 of it.
+_CLOSE = 1e-6
 _TILE = 128  # rows of a tile of a gram: of one sum with itself, half of them are spared
 
 
@@ -38,13 +40,10 @@ class _Pair(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Of a chunk of samples: Σ_t d[t] a[t]ᵀ by its factors, [n, G, T, d_in] and [n, G, T, d_out].
+    """A sum of Σ_t d[t] a[t]ᵀ over a chunk of samples, by pairs of tensors as they are given."""
 
-    ``a`` of an embedding is int64 [n, 1, T], its rows.
-    """
-
-    a: Tensor
-    d: Tensor
+    parts: Sequence[tuple[Tensor, Tensor]]
+    form: Sequence[int]
 
 
 def distances(
@@ -84,21 +83,31 @@ def _layer(pairs: Sequence[_Pair], how: int, dtype: torch.dtype, n: int) -> Tens
         ss, tt = (_square(pairs, side, dtype, zero) for side in (0, 1))
         dead = (ss.sqrt() < EPS) | (tt.sqrt() < EPS)
         c = torch.where(dead, c, ss.sqrt() / tt.sqrt())
-    uu, us = zero.clone(), zero.clone()
-    for pair in pairs:
-        for part, student, teacher in _both(pair, dtype):
-            u = _stack(student, teacher, c[part], how == NORMALIZED)
-            uu[part] += _inner(u, u, pair.contraction)
-            if how == NORMALIZED:
-                us[part] += _inner(u, student, pair.contraction)
+    uu = _products(pairs, c, how, dtype, zero, own=False)
     if how != NORMALIZED:
         return uu.clamp(min=0)
     ns, nt = ss.sqrt(), tt.sqrt()
-    x = (2 * us - uu) / (ns + c * nt)  # G_S + cG_T is 2G_S − U
-    near = (uu - x.square()) / (ns * (c * nt))
+    near = uu / (ns * (c * nt))
+    if bool((near[~dead] < _CLOSE).any()):
+        # What rounding has left of ‖G_S‖ − c‖G_T‖; where the two are far apart it is nothing.
+        us = _products(pairs, c, how, dtype, zero, own=True)
+        x = (2 * us - uu) / (ns + c * nt)  # G_S + cG_T is 2G_S − U
+        near = (uu - x.square()) / (ns * (c * nt))
     a, b = ns.clamp(min=EPS), nt.clamp(min=EPS)
     short = ss / a.square() + tt / b.square() - (ss + tt - uu) / a / b
     return torch.where(dead, short, near).clamp(min=0)
+
+
+def _products(
+    pairs: Sequence[_Pair], c: Tensor, how: int, dtype: torch.dtype, zero: Tensor, *, own: bool
+) -> Tensor:
+    """‖U‖², or (own) ⟨U, G_S⟩, [N]."""
+    total = zero.clone()
+    for pair in pairs:
+        for part, student, teacher in _both(pair, dtype):
+            u = _stack(student, teacher, c[part], how == NORMALIZED)
+            total[part] += _inner(u, student if own else u, pair.contraction)
+    return total
 
 
 def _square(pairs: Sequence[_Pair], side: int, dtype: torch.dtype, zero: Tensor) -> Tensor:
@@ -149,12 +158,24 @@ def _roles(item: _Item) -> tuple[Tensor, Tensor]:
 
 
 def _sums(item: _Item, dtype: torch.dtype) -> _Sums:
-    if item.form[0] == INDICES:
-        return _Sums(item.a[:, None], item.d.to(dtype)[:, None])
-    if item.form[0] == CONVOLUTION:
-        return _Sums(*patches_of(item.a.to(dtype), item.d.to(dtype), item.form))
-    a, d = item.a.to(dtype), item.d.to(dtype)
-    return _Sums(a, d) if a.dim() == 4 else _Sums(a[:, None], d[:, None])
+    a = item.a if item.form[0] == INDICES else item.a.to(dtype)
+    return _Sums([(a, item.d.to(dtype))], item.form)
+
+
+def _rows(sums: _Sums) -> tuple[Tensor, Tensor]:
+    """Both factors of all parts, [n, G, T, d_in] and [n, G, T, d_out]; indices [n, 1, T]."""
+    both = [_rows_of(a, d, sums.form) for a, d in sums.parts]
+    if len(both) == 1:
+        return both[0]
+    return torch.cat([a for a, _ in both], 2), torch.cat([d for _, d in both], 2)
+
+
+def _rows_of(a: Tensor, d: Tensor, form: Sequence[int]) -> tuple[Tensor, Tensor]:
+    if form[0] == CONVOLUTION:
+        return patches_of(a, d, form)
+    if form[0] == INDICES or a.dim() == 3:
+        return a[:, None], d[:, None]
+    return a, d
 
 
 def patches_of(x: Tensor, d: Tensor, form: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -180,31 +201,36 @@ def patches_of(x: Tensor, d: Tensor, form: Sequence[int]) -> tuple[Tensor, Tenso
 
 
 def _stack(s: _Sums, t: _Sums, c: Tensor, scaled: bool) -> _Sums:
-    """U = G_S − cG_T as factors of 2T rows.
+    """U = G_S − cG_T by its factors, two for one.
 
     c is shared out, c = c_a·c_d, so that the teacher's a and d both come to the student's size: a
     network that is the other times a number may have it in either.
 
         U = Σ_t (d_S − c_d d_T) a_Sᵀ + c_d d_T (a_S − c_a a_T)ᵀ
     """
-    dtype, indices = s.d.dtype, s.a.dtype == torch.int64
+    (s_a, s_d), (t_a, t_d) = s.parts[0], t.parts[0]
+    dtype, indices = s_d.dtype, s.form[0] == INDICES
     c_a = torch.ones_like(c)
     if scaled and not indices:
-        size = [x.a.flatten(1).norm(dim=1, dtype=torch.float64) for x in (s, t)]
+        size = [x.flatten(1).norm(dim=1, dtype=torch.float64) for x in (s_a, t_a)]
         c_a = torch.where((size[0] > 0) & (size[1] > 0), size[0] / size[1], c_a)
         c_a = c_a.to(dtype).double()  # what is multiplied in float32 and in float64 is one number
-    c_a, c_d = (x.reshape(-1, 1, 1, 1) for x in (c_a, c / c_a))
+    c_a, c_d = (x.reshape(-1, *[1] * (s_d.dim() - 1)) for x in (c_a, c / c_a))
     # Differences in float64: the rounding of a product would be as large as what is left.
-    near, other = (s.d - t.d * c_d).to(dtype), (t.d * c_d).to(dtype)
-    if indices and torch.equal(s.a, t.a):  # rows are the same: the difference is that of d
-        return _Sums(s.a, near)
+    near, other = _minus(s_d, t_d, c_d), (t_d * c_d).to(dtype)
+    if indices and torch.equal(s_a, t_a):  # rows are the same: the difference is that of d
+        return _Sums([(s_a, near)], s.form)
     if indices:
-        return _Sums(torch.cat([s.a, t.a], 2), torch.cat([s.d, -other], 2))
-    moved = (s.a - t.a * c_a).to(dtype)
-    return _Sums(torch.cat([s.a, moved], 2), torch.cat([near, other], 2))
+        return _Sums([(s_a, s_d), (t_a, -other)], s.form)
+    return _Sums([(s_a, near), (_minus(s_a, t_a, c_a), other)], s.form)
 
 
-# --- ⟨Σ d aᵀ, Σ d' a'ᵀ⟩, [n] in float64 ---------------------------------------------------------
+def _minus(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Return s − c·t, rounded once."""
+    return s - t if bool((c == 1).all()) else (s - t * c).to(s.dtype)
+
+
+# --- ⟨Σ d aᵀ, Σ d' a'ᵀ⟩, [n] in float64 -----------------------------------------------------------
 
 
 def _inner(x: _Sums, y: _Sums, contraction: int) -> Tensor:
@@ -218,29 +244,65 @@ def _dot(p: Tensor, q: Tensor) -> Tensor:
 
 def _gram(x: _Sums, y: _Sums) -> Tensor:
     """Tiles of (a·a')∘(δ·δ'); of one sum with itself, the upper ones twice."""
-    total = torch.zeros(x.d.shape[0], dtype=torch.float64, device=x.d.device)
-    same = x is y
-    for i in range(0, x.d.shape[2], _TILE):
-        a, d = x.a[:, :, i : i + _TILE], x.d[:, :, i : i + _TILE]
-        for j in range(i if same else 0, y.d.shape[2], _TILE):
-            b, e = y.a[:, :, j : j + _TILE], y.d[:, :, j : j + _TILE]
-            if x.a.dtype == torch.int64:
-                products = (a[..., None] == b[..., None, :]).to(d.dtype)
-            else:
-                products = a @ b.mT
-            total += _dot(products, d @ e.mT) * (2 if same and j > i else 1)
+    same, indices = x is y, x.form[0] == INDICES
+    a, d = _rows(x)
+    b, e = (a, d) if same else _rows(y)
+    total = torch.zeros(d.shape[0], dtype=torch.float64, device=d.device)
+    for i in range(0, d.shape[2], _TILE):
+        p, q = a[:, :, i : i + _TILE], d[:, :, i : i + _TILE]
+        for j in range(i if same else 0, e.shape[2], _TILE):
+            r = b[:, :, j : j + _TILE]
+            products = (p[..., None] == r[..., None, :]).to(d.dtype) if indices else p @ r.mT
+            tile = _dot(products, q @ e[:, :, j : j + _TILE].mT)
+            total += tile * (2 if same and j > i else 1)
     return total
 
 
 def _direct(x: _Sums, y: _Sums) -> Tensor:
-    """Tiles of Σ_t δ aᵀ."""
-    total = torch.zeros(x.d.shape[0], dtype=torch.float64, device=x.d.device)
-    if x.a.shape[3] == x.d.shape[3] == 1:  # a number a group: no product of matrices
-        g = (x.d * x.a).sum(2)
-        return _dot(g, g if x is y else (y.d * y.a).sum(2))
-    step = max(1, _SCRATCH // max(x.d[:, :, :1, :1].numel() * x.a.shape[3] * x.d.itemsize, 1))
-    for i in range(0, x.d.shape[3], step):
-        g = x.d[..., i : i + step].mT @ x.a
-        h = g if x is y else y.d[..., i : i + step].mT @ y.a
-        total += _dot(g, h)
+    """Tiles of Σ_t δ aᵀ; of a convolution the whole, which the library computes as such."""
+    if x.form[0] == CONVOLUTION:
+        g = _weight(x)
+        return _dot(g, g if x is y else _weight(y))
+    a, d = _rows(x)
+    b, e = (a, d) if x is y else _rows(y)
+    if a.shape[3] == d.shape[3] == 1:  # a number a group: no product of matrices
+        g = (d * a).sum(2)
+        return _dot(g, g if x is y else (e * b).sum(2))
+    total = torch.zeros(d.shape[0], dtype=torch.float64, device=d.device)
+    step = max(1, _SCRATCH // max(d[:, :, :1, :1].numel() * a.shape[3] * d.itemsize, 1))
+    for i in range(0, d.shape[3], step):
+        g = d[..., i : i + step].mT @ a
+        total += _dot(g, g if x is y else e[..., i : i + step].mT @ b)
     return total
+
+
+def _weight(sums: _Sums) -> Tensor:
+    """Every sample's gradient of a convolution's weight, [n, ...]: a group of channels a sample."""
+    total: Tensor | None = None
+    for x, d in sums.parts:
+        g = _weight_of(x, d, sums.form)
+        total = g if total is None else total + g
+    assert total is not None
+    return total
+
+
+def _weight_of(x: Tensor, d: Tensor, form: Sequence[int]) -> Tensor:
+    n, groups, transposed, space = len(x), form[1], bool(form[2]), x.dim() - 2
+    kernel, stride, padding, dilation = (
+        list(form[6 + 3 * i - space : 6 + 3 * i]) for i in range(4)
+    )
+    if 0 in x.shape or 0 in d.shape:
+        return x.new_zeros(n, 1)
+    longer = [0] * space
+    if transposed:
+        for k in range(space):
+            reach = dilation[k] * (kernel[k] - 1) + 1
+            longer[k] = d.shape[2 + k] - (x.shape[2 + k] - 1) * stride[k] + 2 * padding[k] - reach
+    first, second = (x, d) if transposed else (d, x)
+    like = x.new_empty(1).expand(n * first.shape[1], second.shape[1] // groups, *kernel)
+    images = [z.reshape(1, n * z.shape[1], *z.shape[2:]) for z in (d, x)]
+    weight: Tensor = torch.ops.aten.convolution_backward(
+        images[0], images[1], like, None, stride, padding, dilation, transposed, longer,
+        n * groups, [False, True, False],
+    )[1]  # fmt: skip
+    return weight.reshape(n, -1)

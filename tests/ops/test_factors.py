@@ -343,6 +343,8 @@ def test_the_contraction_with_fewer_operations_is_chosen() -> None:
     assert of(1, 2, 2) == "direct"
     assert of(1, 3, 3) == "gram"
     conv = Conv((256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1)).item(1)
+    assert factors.choose_contraction(conv) == "direct"
+    conv = Conv((256, 4, 4), 256, (3, 3), (1, 1), (1, 1), (1, 1)).item(1)
     assert factors.choose_contraction(conv) == "gram"
     conv = Conv((64, 56, 56), 64, (3, 3), (1, 1), (1, 1), (1, 1)).item(1)
     assert factors.choose_contraction(conv) == "direct"
