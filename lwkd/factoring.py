@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lwkd.ops.checks import message
+from lwkd.ops.convolution import patches_of
 from lwkd.ops.factors import ConvFactors, Factors, Item, form_of
-from lwkd.ops.factors_reference import patches_of
 
 _Batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _Instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
