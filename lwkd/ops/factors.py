@@ -252,9 +252,20 @@ def _check_alike(op: str, s: Item, t: Item, layer: int, norms: bool) -> None:
     if isinstance(s, Factors) and s.d.shape[-2] != t.d.shape[-2]:
         expected = f"T = {s.d.shape[-2]}, as the student's"
         raise ValueError(message(op, "teacher", expected, t.d.shape[-2], layer=layer))
-    if isinstance(s, ConvFactors) and s.d.shape[2:] != t.d.shape[2:]:
-        expected = f"{list(s.d.shape[2:])} output positions, as the student's"
-        raise ValueError(message(op, "teacher", expected, list(t.d.shape[2:]), layer=layer))
+    if isinstance(s, ConvFactors) and isinstance(t, ConvFactors):
+        if s.d.shape[2:] != t.d.shape[2:]:
+            expected = f"{list(s.d.shape[2:])} output positions, as the student's"
+            raise ValueError(message(op, "teacher", expected, list(t.d.shape[2:]), layer=layer))
+        ways = (s.x.shape[2:], *s[3:]), (t.x.shape[2:], *t[3:])
+        if ways[0] != ways[1]:
+            expected = (
+                f"input, stride, padding, dilation, groups as the student's {_shown(ways[0])}"
+            )
+            raise ValueError(message(op, "teacher", expected, _shown(ways[1]), layer=layer))
+
+
+def _shown(way: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(x) if isinstance(x, torch.Size) else x) for x in way)
 
 
 # --- how an item is told to the kernels, and contracted ----------------------------------------

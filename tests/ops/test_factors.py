@@ -18,7 +18,7 @@ from tests.ops.battery import one_thread
 
 __all__ = ["one_thread"]  # a fixture
 F64, F32 = torch.float64, torch.float32
-FACTOR_TARGETS = [t for t in cases.TARGETS[:2] if t.values[0].backend == "reference"]
+FACTOR_TARGETS = cases.TARGETS[:2]
 each_target = pytest.mark.parametrize("target", FACTOR_TARGETS)
 contractions = pytest.mark.parametrize("contraction", ["gram", "direct"])
 
@@ -390,6 +390,9 @@ ERRORS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "positions": ([CONV._replace(padding=(0, 1))], [CONV], ValueError,
                   "student.d (layer 0): expected 4 positions along space dimension 0, got 6"),
     "groups": ([CONV._replace(groups=2)], [CONV], ValueError, "channels that 2 groups divide"),
+    "ways": ([CONV], [CONV._replace(x=CONV.x[:, :, :4, :3], padding=(2, 2))], ValueError,
+             "input, stride, padding, dilation, groups as the student's (6, 5), (1, 1), (1, 1), "
+             "(1, 1), 1, False, got (4, 3), (1, 1), (2, 2)"),
     "settings": ([CONV._replace(stride=(1,))], [CONV], ValueError, "one number a space dimension"),
 }  # fmt: skip
 

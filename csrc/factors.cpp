@@ -1,0 +1,321 @@
+// CPU kernel of the Jacobian kind by factors: all items of all layers of a call at once, products
+// of matrices by the library. lwkd/ops/factors.py states the formulas.
+//
+// The two sums that a sample's distance needs, ‖U‖² and ⟨U, G_S⟩, hold for any c: a guess from the
+// factors' own norms serves, and ‖cG_T‖² = ‖G_S‖² − 2⟨U, G_S⟩ + ‖U‖² says how good it was. Where it
+// was so bad that digits are lost, the sample is done again with a better one.
+#include <cmath>
+#include <tuple>
+
+#include "factor_sums.h"
+#include "jacobian.h"
+
+namespace lwkd {
+namespace {
+
+constexpr int64_t kScratch = 64 << 20;  // bytes of all threads together
+constexpr double kLost = 0.5;           // of ‖U‖² along G_S: from there on c is mended
+constexpr int kRounds = 3;              // of mending
+
+// What the factors' own norms say of a parameter and sample.
+struct Guess {
+  double c_a = 1, c = 1, weight = 0;
+  bool apart = false;  // so far that G_S − cG_T can be taken of the gradients themselves
+};
+
+// ‖x‖², ‖y‖², ⟨x, y⟩ of a row, by a part of it where it is long.
+template <typename A>
+Sums sampled(const RowWalk& walk, int64_t n) {
+  constexpr int64_t kPieces = 16;
+  const int64_t length = walk.length, pieces = (length + kTile - 1) / kTile;
+  const int64_t used = std::min(pieces, kPieces);
+  alignas(64) A buffer[2][kTile];
+  Sums sums{};
+  int64_t seen = 0;
+  for (int64_t i = 0; i < used; ++i) {
+    const int64_t begin = i * pieces / used * kTile, end = std::min(begin + kTile, length);
+    seen += end - begin;
+    const A* x = fetch(walk, 0, n, begin, end, buffer[0]);
+    const A* y = fetch(walk, 1, n, begin, end, buffer[1]);
+    double piece[3];
+    products(x, y, end - begin, piece);
+    for (int k = 0; k < 3; ++k) sums[k] += piece[k];
+  }
+  for (double& sum : sums) sum *= double(length) / std::max<int64_t>(seen, 1);
+  return sums;
+}
+
+// c = ‖x‖/‖y‖, and ‖x − c·y‖/‖x‖ of it, or (not scaled) of c = 1.
+std::pair<double, double> ratio_of(const Sums& sums, bool scaled) {
+  const double xx = sums[0], yy = sums[1], xy = sums[2];
+  const double c = scaled && xx > 0 && yy > 0 ? std::sqrt(xx / yy) : 1;
+  const double left = xx - 2 * c * xy + c * c * yy;
+  return {c, xx > 0 ? std::sqrt(std::max(left, 0.0) / xx) : 1};
+}
+
+struct Work {
+  std::vector<Job> jobs;
+  int64_t layers = 0, samples = 0;
+  How how = kDifference;
+
+  std::vector<Guess> guesses;  // [jobs, N]
+  std::vector<double> c;       // [L, N]
+  std::vector<char> active;    // [L, N]: to be done, or done again
+  std::vector<Sums> sums;      // [L, N]
+
+  int64_t at(int64_t row, int64_t n) const { return row * samples + n; }
+};
+
+template <typename A>
+void guess(Work& work) {
+  const bool scaled = work.how == kNormalized;
+  std::vector<Block> blocks;
+  for (const Job& job : work.jobs) {
+    const int64_t read = job.walk_d->length + (job.walk_a ? job.walk_a->length : 0);
+    blocks.push_back(whole_samples(work.samples, 2 * std::min<int64_t>(read, 1 << 17)));
+  }
+  parallel_tasks(blocks, [&](int64_t i, int64_t n, int64_t, int64_t) {
+    const Job& job = work.jobs[i];
+    Guess& out = work.guesses[work.at(i, n)];
+    const Sums a = job.walk_a ? sampled<A>(*job.walk_a, n) : Sums{1, 1, 1};
+    const Sums d = sampled<A>(*job.walk_d, n);
+    const auto [c_a, apart_a] = ratio_of(a, scaled);
+    const auto [c_d, apart_d] = ratio_of(d, scaled);
+    out.c_a = static_cast<double>(static_cast<A>(c_a));
+    out.c = out.c_a * c_d;
+    out.weight = std::sqrt(a[0]) * std::sqrt(d[0]);
+    out.apart = job.builds() && std::hypot(apart_a, apart_d) >= far_enough(job.student);
+  });
+  if (!scaled) return;
+  std::vector<double> heaviest(work.c.size(), -1);
+  for (size_t i = 0; i < work.jobs.size(); ++i)
+    for (int64_t n = 0; n < work.samples; ++n) {
+      const Guess& g = work.guesses[work.at(i, n)];
+      const int64_t at = work.at(work.jobs[i].layer, n);
+      if (!(g.weight > heaviest[at]) || !std::isfinite(g.c) || g.c <= 0) continue;
+      heaviest[at] = g.weight, work.c[at] = g.c;
+    }
+}
+
+// One pass over every sample that is to be done.
+template <typename A>
+void pass(Work& work) {
+  std::vector<Block> blocks;
+  std::vector<int64_t> first;
+  int64_t tasks = 0, largest = 1;
+  for (const Job& job : work.jobs) {
+    const int64_t tiles = job.tiles();
+    blocks.push_back({work.samples, tiles * kTile, tiles, job.cost(work.how), 0});
+    first.push_back(tasks);
+    tasks += blocks.back().tasks();
+    largest = std::max(largest, job.scratch() * int64_t(sizeof(A)));
+  }
+  const std::unique_ptr<Sums[]> partial(new Sums[tasks]());
+  // One range a thread, and two at the least: inside a parallel region every product is one
+  // thread's, so that it is the same however many there are.
+  const int64_t total = lay_out(blocks), threads = std::max<int64_t>(2, kScratch / largest);
+  const int64_t grain = OneThread::possible() ? (total + threads - 1) / threads : total;
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
+    const OneThread guard;
+    Scratch<A> scratch;
+    run_tasks(blocks, begin, end, [&](int64_t i, int64_t n, int64_t position, int64_t) {
+      const Job& job = work.jobs[i];
+      const int64_t at = work.at(job.layer, n), tile = position / kTile;
+      if (!work.active[at]) return;
+      const Guess& g = work.guesses[work.at(i, n)];
+      const Ask ask{n, tile, work.how, !g.apart, work.c[at], g.c_a};
+      partial[first[i] + n * blocks[i].tiles + tile] = job_sums<A>(job, ask, scratch);
+    });
+  });
+  for (int64_t at = 0; at < work.layers * work.samples; ++at)
+    if (work.active[at]) work.sums[at] = {};
+  for (size_t i = 0; i < work.jobs.size(); ++i)
+    for (int64_t n = 0; n < work.samples; ++n) {
+      const int64_t at = work.at(work.jobs[i].layer, n);
+      if (!work.active[at]) continue;
+      for (int64_t tile = 0; tile < blocks[i].tiles; ++tile) {
+        const Sums& from = partial[first[i] + n * blocks[i].tiles + tile];
+        const int slot = work.jobs[i].slot;
+        for (int k = 0; k < (work.how == kNorms ? 1 : 3); ++k) work.sums[at][k + slot] += from[k];
+      }
+    }
+}
+
+// D of one layer and sample; sets `mended` to a better c where digits were lost with this one.
+double distance_of(const Sums& sums, How how, double c, double* mended) {
+  if (how == kDifference) return sums[0];
+  if (how == kNorms) {
+    const double ns = std::sqrt(sums[0]), nt = std::sqrt(sums[1]), whole = ns + nt;
+    const double ratio = whole == 0 ? 0 : (ns - nt) / whole;
+    return ratio * ratio;
+  }
+  const double uu = sums[0], us = sums[1], ss = sums[2];
+  const double vv = std::max(ss - 2 * us + uu, 0.0);  // v = c·G_T
+  const double ns = std::sqrt(ss), nv = std::sqrt(vv), nt = nv / c;
+  if (ns < kEps || nt < kEps) {
+    const double a = std::max(ns, kEps), b = std::max(nt, kEps);
+    const double st = (ss - us) / c, d = ss / a / a + vv / c / b / c / b - 2 * (st / a / b);
+    return d < 0 ? 0 : d;
+  }
+  const double x = (2 * us - uu) / (ns + nv);
+  if (x * x > kLost * uu) *mended = c * (ns / nv);
+  const double d = (uu - x * x) / (ns * nv);
+  return d < 0 ? 0 : d;
+}
+
+// Distances [L, N].
+template <typename A>
+std::vector<double> distances(Work& work) {
+  std::vector<double> out(work.layers * work.samples);
+  if (work.how != kNorms) guess<A>(work);
+  for (int round = 0;; ++round) {
+    pass<A>(work);
+    std::vector<char> mend(out.size(), 0);
+    for (size_t at = 0; at < out.size(); ++at) {
+      if (!work.active[at]) continue;
+      double c = 0;
+      out[at] = distance_of(work.sums[at], work.how, work.c[at], &c);
+      if (round < kRounds && c > 0 && std::isfinite(c)) work.c[at] = c, mend[at] = 1;
+    }
+    for (size_t i = 0; work.how != kNorms && i < work.jobs.size(); ++i)
+      for (int64_t n = 0; n < work.samples; ++n) {
+        // The gradients are closer than their factors were: stacked factors keep the digits.
+        Guess& g = work.guesses[work.at(i, n)];
+        const int64_t at = work.at(work.jobs[i].layer, n);
+        if (!work.active[at] || !g.apart) continue;
+        const Sums& sums = work.sums[at];
+        const double close = work.how == kNormalized ? out[at] : sums[0] / sums[2];
+        const double enough = far_enough(work.jobs[i].student) / 3;
+        if (close < enough * enough) g.apart = false, mend[at] = 1;
+      }
+    work.active = mend;
+    if (std::find(mend.begin(), mend.end(), 1) == mend.end()) return out;
+  }
+}
+
+// --- the op --------------------------------------------------------------------------------------
+
+void check_item(const Tensor& a, const Tensor& d, const int64_t* form, const char* argument,
+                int64_t i, int64_t samples) {
+  const char* op = "lwkd.ops: jacobian_factors: ";
+  const auto floating = [](const Tensor& x) {
+    const ScalarType t = x.scalar_type();
+    return t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half ||
+           t == ScalarType::BFloat16;
+  };
+  const auto aligned = [](const Tensor& x, int64_t size) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % size == 0;
+  };
+  const bool indices = form[0] == kIndices;
+  STD_TORCH_CHECK(form[0] >= 0 && form[0] <= kConvolution, op, "forms (item ", i,
+                  "): expected a form 0, 1 or 2, got ", form[0]);
+  STD_TORCH_CHECK(floating(d) && (indices ? a.scalar_type() == ScalarType::Long : floating(a)), op,
+                  argument, " (item ", i,
+                  "): expected float64, float32, float16 or bfloat16, or int64 indices");
+  STD_TORCH_CHECK(aligned(d, element_size(d.scalar_type())) &&
+                      aligned(a, indices ? 8 : element_size(a.scalar_type())),
+                  op, argument, " (item ", i, "): expected data aligned to its elements; pass a ",
+                  "clone()");
+  bool fits = a.dim() >= 2 && d.dim() >= 3 && a.size(0) == samples && d.size(0) == samples;
+  if (form[0] == kConvolution) {
+    fits = fits && a.dim() >= 3 && a.dim() <= 5 && d.dim() == a.dim() && form[1] >= 1 &&
+           a.size(1) % form[1] == 0 && d.size(1) % form[1] == 0;
+    for (int64_t k = 0; fits && k < a.dim() - 2; ++k) {
+      const int64_t* at = form + 3 + (3 - (a.dim() - 2)) + k;  // kernel, stride, padding, dilation
+      const Tensor &x = form[2] ? d : a, &y = form[2] ? a : d;
+      fits = at[0] >= 1 && at[3] >= 1 && at[6] >= 0 && at[9] >= 1;
+      const int64_t room = fits ? x.size(2 + k) + 2 * at[6] - at[9] * (at[0] - 1) - 1 : -1;
+      fits = fits && room >= 0 && y.size(2 + k) <= room / at[3] + 1;
+    }
+  } else {
+    const int64_t dim = indices ? 3 : a.dim();
+    fits = fits && d.dim() == dim && dim <= 4 && a.dim() == (indices ? 2 : dim);
+    for (int64_t k = 1; fits && k < dim - 1; ++k) fits = a.size(k) == d.size(k);
+  }
+  STD_TORCH_CHECK(fits, op, argument, " (item ", i, "): expected factors of one gradient of ",
+                  samples, " samples, got other shapes");
+}
+
+Item read_item(const Tensor& a, const Tensor& d, const int64_t* form) {
+  return form[0] == kConvolution ? read_convolution(a, d, form)
+                                 : read_dense(a, d, form[0] == kIndices);
+}
+
+Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> student_d,
+                        std::vector<Tensor> teacher_a, std::vector<Tensor> teacher_d,
+                        std::vector<int64_t> layers, std::vector<int64_t> forms,
+                        std::vector<int64_t> contractions, int64_t how_number, bool mean) {
+  const char* op = "lwkd.ops: jacobian_factors: ";
+  const size_t count = student_a.size();
+  STD_TORCH_CHECK(count > 0 && student_d.size() == count && teacher_a.size() == count &&
+                      teacher_d.size() == count && layers.size() == count &&
+                      contractions.size() == count && forms.size() == 2 * kForm * count,
+                  op, "teacher: expected ", count, " items, as of student, each with a layer, two ",
+                  "forms and a contraction");
+  Work work;
+  work.how = read_how(how_number, "jacobian_factors");
+  work.samples = student_d[0].dim() > 0 ? student_d[0].size(0) : 0;
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(layers[i] >= 0 && (i == 0 ? layers[i] == 0 : layers[i] - layers[i - 1] <= 1) &&
+                        (i == 0 || layers[i] >= layers[i - 1]),
+                    op, "layers (item ", i, "): expected 0, and then the same or the next");
+    const int64_t* form[2] = {&forms[2 * i * kForm], &forms[(2 * i + 1) * kForm]};
+    check_item(student_a[i], student_d[i], form[0], "student", i, work.samples);
+    check_item(teacher_a[i], teacher_d[i], form[1], "teacher", i, work.samples);
+    Job job;
+    job.layer = layers[i], job.gram = contractions[i] == 0;
+    job.student = read_item(student_a[i], student_d[i], form[0]);
+    Item teacher = read_item(teacher_a[i], teacher_d[i], form[1]);
+    if (work.how == kNorms) {
+      simplify(job.student, nullptr), simplify(teacher, nullptr);
+      work.jobs.push_back(job);
+      job.student = teacher, job.slot = 1;
+      work.jobs.push_back(job);
+      continue;
+    }
+    STD_TORCH_CHECK(std::equal(form[0], form[0] + kForm, form[1]) &&
+                        same_shape(student_a[i], teacher_a[i]) &&
+                        same_shape(student_d[i], teacher_d[i]),
+                    op, "teacher (item ", i, "): expected the student's shapes, got others");
+    simplify(job.student, &teacher);
+    job.teacher = teacher;
+    const Tensor* s[2] = {&student_a[i], &student_d[i]};
+    const Tensor* t[2] = {&teacher_a[i], &teacher_d[i]};
+    const int a = form[0][0] == kConvolution && form[0][2] ? 1 : 0;  // whose patches are taken
+    if (form[0][0] != kIndices) job.walk_a.emplace(std::vector<const Tensor*>{s[a], t[a]});
+    job.walk_d.emplace(std::vector<const Tensor*>{s[1 - a], t[1 - a]});
+    work.jobs.push_back(std::move(job));
+  }
+  work.layers = layers[count - 1] + 1;
+  work.guesses.resize(work.jobs.size() * work.samples);
+  work.c.assign(work.layers * work.samples, 1);
+  work.active.assign(work.layers * work.samples, 1);
+  work.sums.resize(work.layers * work.samples);
+  const bool wide = any_double(student_a) || any_double(student_d) || any_double(teacher_a) ||
+                    any_double(teacher_d);
+  const std::vector<double> d = wide ? distances<double>(work) : distances<float>(work);
+  std::vector<int64_t> shape{work.layers};
+  if (!mean) shape.push_back(work.samples);
+  Tensor out = make(student_d[0], shape, wide);
+  const auto conclude = [&](auto* to) {
+    using A = std::remove_pointer_t<decltype(to)>;
+    for (int64_t l = 0; l < work.layers; ++l) {
+      double sum = 0;
+      for (int64_t n = 0; n < work.samples; ++n) {
+        sum += d[work.at(l, n)];
+        if (!mean) to[work.at(l, n)] = static_cast<A>(d[work.at(l, n)]);
+      }
+      if (mean) to[l] = static_cast<A>(sum / double(std::max<int64_t>(work.samples, 1)));
+    }
+  };
+  void* data = out.mutable_data_ptr();
+  wide ? conclude(static_cast<double*>(data)) : conclude(static_cast<float*>(data));
+  return out;
+}
+
+}  // namespace
+}  // namespace lwkd
+
+STABLE_TORCH_LIBRARY_IMPL(lwkd, CPU, m) {
+  m.impl("jacobian_factors", LWKD_BOX(lwkd::jacobian_factors));
+}

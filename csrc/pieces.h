@@ -1,0 +1,173 @@
+// Numbers side by side in memory: sums of products of them in double, mixes of two, and how numbers
+// of any stride and storage type come to lie so.
+#pragma once
+
+#include "rows.h"
+
+namespace lwkd {
+namespace {
+
+// Adds term(V(), q), kTerms numbers a position, over positions: 16 partial sums each, added in one
+// fixed order.
+template <int kTerms, typename A, typename Term>
+LWKD_INLINE void sum_piece(const A* s, const A* t, int64_t count, double* out, const Term& term) {
+  Double4 sum[kTerms][4] = {};
+  int64_t q = 0;
+  for (; q + 16 <= count; q += 16) {
+    read_ahead<16>(s + q);
+    read_ahead<16>(t + q);
+    for (int v = 0; v < 4; ++v) {
+      const auto terms = term(Double4{}, q + 4 * v);
+      for (int k = 0; k < kTerms; ++k) sum[k][v] += terms[k];
+    }
+  }
+  for (int lane = 0; q < count; ++q, ++lane) {
+    const auto terms = term(double(), q);
+    for (int k = 0; k < kTerms; ++k) sum[k][lane / 4][lane % 4] += terms[k];
+  }
+  for (int k = 0; k < kTerms; ++k)
+    out[k] = total((sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]));
+}
+
+template <typename A>
+LWKD_INLINE void sum_difference(const A* s, const A* t, int64_t count, double* out) {
+  sum_piece<1>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V d = read<V>(s + q) - read<V>(t + q);
+    return std::array<V, 1>{d * d};
+  });
+}
+
+template <typename A>
+LWKD_INLINE void sum_products(const A* s, const A* t, int64_t count, double* out) {
+  sum_piece<3>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V a = read<V>(s + q), b = read<V>(t + q);
+    return std::array<V, 3>{a * a, b * b, a * b};
+  });
+}
+
+template <typename A>
+LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
+  sum_piece<1>(x, x, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    const V a = read<V>(x + q);
+    return std::array<V, 1>{a * a};
+  });
+}
+
+// dx = own · x + other · y, in double: what is left of two nearly equal rows keeps its digits.
+template <bool kOther, typename A>
+LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double own, double other) {
+  const auto at = [&](auto v, int64_t q) LWKD_LAMBDA {
+    using V = decltype(v);
+    V d = own * read<V>(x + q);
+    if (kOther) d += other * read<V>(y + q);
+    write(d, dx + q);
+  };
+  int64_t q = 0;
+  for (; q + 16 <= count; q += 16) {
+    read_ahead<16>(x + q);
+    if (kOther) read_ahead<16>(y + q);
+    for (int v = 0; v < 4; ++v) at(Double4{}, q + 4 * v);
+  }
+  for (; q < count; ++q) at(double(), q);
+}
+
+// Numbers of any stride and storage type to numbers of the compute type side by side, and back.
+template <typename T, typename A>
+LWKD_INLINE void gather(const T* from, int64_t stride, int64_t count, A* to) {
+  for (int64_t q = 0; q < count; ++q) to[q] = static_cast<A>(widen(from[q * stride]));
+}
+template <typename T, typename A>
+LWKD_INLINE void gather_dense(const T* from, int64_t count, A* to) {
+  int64_t q = 0;
+  if constexpr (std::is_same_v<A, float>)
+    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
+  for (; q < count; ++q) to[q] = static_cast<A>(widen(from[q]));
+}
+template <typename T, typename A>
+LWKD_INLINE void scatter(const A* from, T* to, int64_t stride, int64_t count) {
+  for (int64_t q = 0; q < count; ++q) narrow(from[q], to[q * stride]);
+}
+template <typename T, typename A>
+LWKD_INLINE void scatter_dense(const A* from, T* to, int64_t count) {
+  int64_t q = 0;
+  if constexpr (std::is_same_v<A, float>)
+    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
+  for (; q < count; ++q) narrow(from[q], to[q]);
+}
+
+// --- one ordinary function per type: clones need that
+// ----------------------------------------------
+
+#define LWKD_PIECES(A, name)                                                                       \
+  [[maybe_unused]] LWKD_CLONES void difference(const A* s, const A* t, int64_t count,              \
+                                               double* out) {                                      \
+    sum_difference(s, t, count, out);                                                              \
+  }                                                                                                \
+  [[maybe_unused]] LWKD_CLONES void products(const A* s, const A* t, int64_t count, double* out) { \
+    sum_products(s, t, count, out);                                                                \
+  }                                                                                                \
+  [[maybe_unused]] LWKD_CLONES void squares(const A* x, const A* none, int64_t count,              \
+                                            double* out) {                                         \
+    sum_squares(x, none, count, out);                                                              \
+  }                                                                                                \
+  [[maybe_unused]] LWKD_CLONES void mix(A* dx, const A* x, const A* y, int64_t count, double own,  \
+                                        double other) {                                            \
+    y == nullptr ? combine<false>(dx, x, x, count, own, other)                                     \
+                 : combine<true>(dx, x, y, count, own, other);                                     \
+  }
+LWKD_PIECES(float, float)
+LWKD_PIECES(double, double)
+
+#define LWKD_MOVES(T, A)                                                                         \
+  [[maybe_unused]] LWKD_CLONES void bring(const T* from, int64_t stride, int64_t count, A* to) { \
+    stride == 1 ? gather_dense(from, count, to) : gather(from, stride, count, to);               \
+  }                                                                                              \
+  [[maybe_unused]] LWKD_CLONES void put(const A* from, T* to, int64_t stride, int64_t count) {   \
+    stride == 1 ? scatter_dense(from, to, count) : scatter(from, to, stride, count);             \
+  }
+LWKD_MOVES(float, float)
+LWKD_MOVES(Half, float)
+LWKD_MOVES(BFloat16, float)
+LWKD_MOVES(float, double)
+LWKD_MOVES(Half, double)
+LWKD_MOVES(BFloat16, double)
+LWKD_MOVES(double, double)
+
+// Calls run(T()) with the storage type.
+template <typename A, typename Run>
+void with_storage(ScalarType dtype, const Run& run) {
+  if constexpr (std::is_same_v<A, double>)
+    if (dtype == ScalarType::Double) return run(double{});
+  if (dtype == ScalarType::Half) return run(Half{});
+  if (dtype == ScalarType::BFloat16) return run(BFloat16{});
+  run(float{});
+}
+
+// Elements [begin, end) of stream k of a row: in place, or brought to `buffer`.
+template <typename A>
+const A* fetch(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t end, A* buffer) {
+  if (const A* in_place = walk.direct<A>(k, row, begin)) return in_place;
+  with_storage<A>(walk.streams[k].dtype, [&](auto type) {
+    using T = decltype(type);
+    walk.cover(k, row, begin, end, [&](char* from, int64_t stride, int64_t first, int64_t count) {
+      bring(reinterpret_cast<const T*>(from), stride, count, buffer + first);
+    });
+  });
+  return buffer;
+}
+
+template <typename A>
+void leave(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t end, const A* buffer) {
+  with_storage<A>(walk.streams[k].dtype, [&](auto type) {
+    using T = decltype(type);
+    walk.cover(k, row, begin, end, [&](char* to, int64_t stride, int64_t first, int64_t count) {
+      put(buffer + first, reinterpret_cast<T*>(to), stride, count);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace lwkd
