@@ -188,8 +188,8 @@ LWKD_INLINE void add_halves(const A* first, const A* second, const A* g, int64_t
   LWKD_CLONES void inner(const A* p, const A* q, int64_t count, double* out) {               \
     add_inner(p, q, count, out);                                                             \
   }                                                                                          \
-  LWKD_CLONES void halves(const A* first, const A* second, const A* g, int64_t count,        \
-                          double* out) {                                                     \
+  LWKD_CLONES void two_halves(const A* first, const A* second, const A* g, int64_t count,    \
+                              double* out) {                                                 \
     add_halves(first, second, g, count, out);                                                \
   }                                                                                          \
   LWKD_CLONES void add_product(const A* x, int64_t x_stride, const A* y, int64_t y_stride,   \
@@ -535,7 +535,7 @@ Sums convolution_sums(const Job& job, const Ask& ask, Scratch<A>& scratch) {
   const Tensor second = gradient(near_x, scaled);
   const bool normalized = ask.how == kNormalized;
   const Tensor own = normalized ? gradient(x, y) : first;
-  halves(data(first), data(second), data(own), first.numel(), out);
+  two_halves(data(first), data(second), data(own), first.numel(), out);
   return {out[0], normalized ? out[1] : 0, normalized ? out[2] : 0};
 }
 

@@ -12,7 +12,11 @@ using Double2 = double __attribute__((vector_size(16)));
 using Int8 = uint32_t __attribute__((vector_size(32)));
 using Short8 = uint16_t __attribute__((vector_size(16)));
 using Double4 = double __attribute__((vector_size(32)));
+using Double8 = double __attribute__((vector_size(64)));
 using Long4 = uint64_t __attribute__((vector_size(32)));
+
+template <int kCount>
+using Floats = std::conditional_t<kCount == 8, Float8, Float4>;
 
 template <typename A>
 struct Lanes;
@@ -119,14 +123,17 @@ LWKD_INLINE double total(Double4 v) {
   const Double2 two = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
   return two[0] + two[1];
 }
+LWKD_INLINE Double4 halves(Double8 v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
 
-// As double, one (V = double) or four (V = Double4), whichever A is.
+// As double, one (V = double), four (Double4) or eight (Double8), whichever A is.
 template <typename V, typename A>
 LWKD_INLINE V read(const A* m) {
   if constexpr (std::is_same_v<V, double>)
     return *m;
   else if constexpr (std::is_same_v<A, float>)
-    return __builtin_convertvector(read_bits<Float4>(m), V);
+    return __builtin_convertvector(read_bits<Floats<sizeof(V) / sizeof(double)>>(m), V);
   else
     return read_bits<V>(m);
 }
@@ -136,7 +143,7 @@ LWKD_INLINE void write(V v, A* m) {
   if constexpr (std::is_same_v<V, double>)
     *m = static_cast<A>(v);
   else if constexpr (std::is_same_v<A, float>)
-    write_bits(__builtin_convertvector(v, Float4), m);
+    write_bits(__builtin_convertvector(v, Floats<sizeof(V) / sizeof(double)>), m);
   else
     write_bits(v, m);
 }

@@ -11,22 +11,21 @@ namespace {
 // fixed order.
 template <int kTerms, typename A, typename Term>
 LWKD_INLINE void sum_piece(const A* s, const A* t, int64_t count, double* out, const Term& term) {
-  Double4 sum[kTerms][4] = {};
+  Double8 sum[kTerms][2] = {};
   int64_t q = 0;
   for (; q + 16 <= count; q += 16) {
     read_ahead<16>(s + q);
     read_ahead<16>(t + q);
-    for (int v = 0; v < 4; ++v) {
-      const auto terms = term(Double4{}, q + 4 * v);
+    for (int v = 0; v < 2; ++v) {
+      const auto terms = term(Double8{}, q + 8 * v);
       for (int k = 0; k < kTerms; ++k) sum[k][v] += terms[k];
     }
   }
   for (int lane = 0; q < count; ++q, ++lane) {
     const auto terms = term(double(), q);
-    for (int k = 0; k < kTerms; ++k) sum[k][lane / 4][lane % 4] += terms[k];
+    for (int k = 0; k < kTerms; ++k) sum[k][lane / 8][lane % 8] += terms[k];
   }
-  for (int k = 0; k < kTerms; ++k)
-    out[k] = total((sum[k][0] + sum[k][1]) + (sum[k][2] + sum[k][3]));
+  for (int k = 0; k < kTerms; ++k) out[k] = total(halves(sum[k][0]) + halves(sum[k][1]));
 }
 
 template <typename A>
@@ -69,7 +68,7 @@ LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double ow
   for (; q + 16 <= count; q += 16) {
     read_ahead<16>(x + q);
     if (kOther) read_ahead<16>(y + q);
-    for (int v = 0; v < 4; ++v) at(Double4{}, q + 4 * v);
+    for (int v = 0; v < 2; ++v) at(Double8{}, q + 8 * v);
   }
   for (; q < count; ++q) at(double(), q);
 }
