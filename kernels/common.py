@@ -101,7 +101,10 @@ class Plan:
         return self._known[words]
 
     def launch(self, kernel: Any, **constants: Any) -> list[tuple[int, tuple[int, ...]]]:
-        """The one launch of ``kernel`` with these constants: append (programs, row) to it."""
+        """The one launch of ``kernel`` with these constants: append (programs, row) to it.
+
+        Of OPTIONS what a kernel wants otherwise is among them.
+        """
         return self._launches.setdefault((kernel, tuple(constants.items())), [])
 
     def launches(self) -> list[tuple[Any, int, dict[str, Any]]]:
@@ -132,7 +135,7 @@ class Plan:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             table = self.upload()
             for kernel, programs, arguments in launches:
-                kernel[(programs,)](table, **arguments, **OPTIONS)
+                kernel[(programs,)](table, **(OPTIONS | arguments))
 
     def upload(self) -> Tensor:
         """The table on the device; ``launches`` has written its rows."""

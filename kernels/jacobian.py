@@ -296,6 +296,23 @@ def rows(*args: Any) -> tuple[Tensor, Tensor]:
     return distance, sums
 
 
+def plan_sums(
+    plan: Plan, tensors: Sequence[Tensor], how: int, layers: int
+) -> tuple[Tensor, int, list[Tensor]]:
+    """Plan one pass over rows of one shape, of ``layers``: sums, pieces, what the plan needs."""
+    group = _readable(tensors)
+    walk = _walk(group, layers)
+    partial = group[0].new_empty((group[0].shape[0] * walk.pieces, 3), dtype=torch.float64)
+    # Every shape has the words of two tensors: one launch serves rows of any kind.
+    words = walk.words + (0,) * (21 - len(walk.words))
+    plan.launch(
+        sums_kernel, S=DTYPES[group[0].dtype], T=DTYPES[group[-1].dtype], WAY=how, **walk.constants
+    ).append((walk.programs, (
+        group[0].data_ptr(), group[-1].data_ptr(), partial.data_ptr(), plan.share(words),
+    )))  # fmt: skip
+    return partial, walk.pieces, group
+
+
 def plan_rows(
     student: Sequence[Tensor], teacher: Sequence[Tensor], how: int, mean: bool
 ) -> tuple[Plan, Tensor, Tensor, Any]:
@@ -313,20 +330,12 @@ def plan_rows(
     keep_alive: list[Any] = [each]
     out = []
     for i, pair in enumerate(zip(student, teacher, strict=True)):
-        groups = [_readable([x]) for x in pair] if how == NORMS else [_readable(pair)]
+        groups = [[x] for x in pair] if how == NORMS else [list(pair)]
         parts = []
         for group in groups:
-            walk = _walk(group, length)
-            partial = like.new_empty((n * walk.pieces, 3), dtype=torch.float64)
-            keep_alive += [partial, group]
-            # Every shape has the words of two tensors: one launch serves rows of any kind.
-            words = walk.words + (0,) * (21 - len(walk.words))
-            plan.launch(
-                sums_kernel, S=DTYPES[group[0].dtype], T=DTYPES[group[-1].dtype], WAY=how,
-                **walk.constants,
-            ).append((walk.programs, (group[0].data_ptr(), group[-1].data_ptr(),
-                                      partial.data_ptr(), plan.share(words))))  # fmt: skip
-            parts.append((partial.data_ptr(), walk.pieces))
+            partial, pieces, kept = plan_sums(plan, group, how, length)
+            keep_alive += [partial, kept]
+            parts.append((partial.data_ptr(), pieces))
         (s, s_pieces), (t, t_pieces) = parts[0], parts[-1]
         out.append((s, t, s_pieces, t_pieces, sums[i].data_ptr(), each[i].data_ptr(), n))
     block = 32 if n <= 32 else 128

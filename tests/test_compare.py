@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from bench import compare
 from bench.cases import CPU_CASES, STEP_CASE
-from bench.transfer import policies
+from bench.transfer import jacobian, policies, rows
+from lwkd.cli import digits
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +150,21 @@ def test_the_readme_shows_what_was_recorded() -> None:
     assert compare.main(["--check"]) == 0
 
 
-def test_the_table_of_policies_is_that_of_the_recorded_rows() -> None:
-    rows = policies.read(ROOT / "bench/transfer/results/policies.jsonl")
-    assert {r["arm"] for r in rows} == set(policies.ARMS)
-    assert policies.table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("study", [policies, jacobian])
+def test_the_tables_of_studies_are_those_of_the_recorded_rows(study: ModuleType) -> None:
+    name = study.__name__.rpartition(".")[2]
+    found = rows.read(ROOT / f"bench/transfer/results/{name}.jsonl")
+    assert {r["arm"] for r in found} == set(study.ARMS)
+    assert study.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_jacobian_study_trains() -> None:
+    """At its smallest: both transfer losses come down in the arm that has them, and not in CE."""
+    pytest.importorskip("sklearn")
+    with digits.one_thread():
+        found = list(jacobian.study(1, sizes=(5,), steps=40))
+    left = {r["arm"]: r for r in found}
+    assert len(found) == len(jacobian.ARMS)
+    assert left["CE + activations"]["activations"] < left["CE"]["activations"]
+    last = left["CE + activations + Jacobians"]
+    assert last["jacobians"] < min(left[arm]["jacobians"] for arm in left if arm != last["arm"])

@@ -10,19 +10,12 @@ seed by seed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import json
 from collections.abc import Iterable
-from math import sqrt
-from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import torch
-
-from bench.conftest import commit
+from bench.transfer import rows
 from lwkd import policy
 from lwkd.cli import digits
 from lwkd.layers import pair_layers
@@ -42,8 +35,13 @@ ARMS: dict[str, dict[str, Any] | None] = {
 SIZES = ((None, 20), (128, 60))
 
 
-def study(seeds: int, limit: int | None, epochs: int) -> Iterable[dict[str, Any]]:
-    """Yield a row for every arm and seed."""
+def study(seeds: int) -> Iterable[rows.Row]:
+    """Yield a row for every size, arm and seed."""
+    for limit, epochs in SIZES:
+        yield from _study(seeds, limit, epochs)
+
+
+def _study(seeds: int, limit: int | None, epochs: int) -> Iterable[rows.Row]:
     train, test = digits.load_digits("cpu", limit)
     everything, _ = digits.load_digits("cpu")
     teacher = digits.train_teacher(everything, digits.Settings(), lambda: None)
@@ -69,53 +67,21 @@ def study(seeds: int, limit: int | None, epochs: int) -> Iterable[dict[str, Any]
             }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(found: list[rows.Row]) -> str:
     """Return accuracy, and the difference from one rate in points, paired by seed, as Markdown."""
     lines = ["| training images | arm | accuracy | minus uniform, points |", "|--:|---|--:|--:|"]
-    for images in sorted({row["train_images"] for row in rows}, reverse=True):
+    for images in sorted({row["train_images"] for row in found}, reverse=True):
         of = {
-            arm: {r["seed"]: r["accuracy"] for r in rows
+            arm: {r["seed"]: r["accuracy"] for r in found
                   if r["arm"] == arm and r["train_images"] == images}
             for arm in ARMS
         }  # fmt: skip
-        for arm, found in of.items():
-            gains = [100 * (value - of["uniform"][seed]) for seed, value in found.items()]
-            error = stdev(gains) / sqrt(len(gains)) if len(gains) > 1 else float("nan")
-            gain = "–" if arm == "uniform" else f"{fmean(gains):+.2f} ± {error:.2f}"
-            lines.append(f"| {images} | {arm} | {100 * fmean(found.values()):.2f} % | {gain} |")
+        for arm, values in of.items():
+            gain = "–" if arm == "uniform" else rows.gain(values, of["uniform"])
+            mean = 100 * fmean(values.values())
+            lines.append(f"| {images} | {arm} | {mean:.2f} % | {gain} |")
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the recorded rows."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--record", type=Path, help="append the rows to this .jsonl file")
-    parser.add_argument("--commit", default=None, help="what to record (default: ask git)")
-    parser.add_argument("--show", type=Path, help="measure nothing: the table of this .jsonl file")
-    args = parser.parse_args()
-    if args.show:
-        print(table(read(args.show)))
-        return
-    common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": args.commit or commit(),
-        "torch": torch.__version__,
-    }
-    rows = []
-    with digits.one_thread():
-        for limit, epochs in SIZES:
-            for row in study(args.seeds, limit, epochs):
-                rows.append({**common, **row})
-                if args.record:
-                    with args.record.open("a", encoding="utf-8") as out:
-                        out.write(json.dumps(rows[-1]) + "\n")
-    print(table(rows))
-
-
 if __name__ == "__main__":
-    main()
+    rows.main(__doc__.split("\n")[0], 10, study, table)

@@ -351,7 +351,7 @@ FACTORS = backends.Op(
         "jacobian_factors(Tensor[] student_a, Tensor[] student_d, Tensor[] teacher_a, "
         "Tensor[] teacher_d, int[] layers, int[] forms, int[] contractions, int how, bool mean) "
         "-> Tensor",
-        reference.distances, _fake, "", _inputs, _no_derivative,
+        reference.distances, _fake, "factors.distances", _inputs, _no_derivative,
         _no_derivative,
     )
 )  # fmt: skip

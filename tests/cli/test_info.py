@@ -49,8 +49,7 @@ def test_every_op_is_listed_with_who_serves_it_and_why_not() -> None:
     }  # fmt: skip
     for (_, device), row in rows.items():
         for backend in backends.BACKENDS:
-            lacking = (row["op"], backend) == ("jacobian_factors", "triton")
-            if not backends.unavailable(backend, device) and device == "cpu" and not lacking:
+            if not backends.unavailable(backend, device) and device == "cpu":
                 assert backend not in row["unavailable"]
             else:
                 assert row["unavailable"].get(backend, "live") != ""

@@ -65,7 +65,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: int) ->
             )
     source = ASTSource(kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=common.OPTIONS)
+    wanted = {name: arguments.get(name, value) for name, value in common.OPTIONS.items()}
+    return triton.compile(source, target=target, options=wanted)
 
 
 def loads(compiled: Any, arguments: dict[str, Any]) -> str:
