@@ -2,7 +2,9 @@
 
 1,797 images of 8×8 pixels in 10 classes, 1,347 to train and 450 to test in a fixed split. A
 convolutional teacher is trained once. Then, for each seed, the same student with the same data
-order is trained twice on cross-entropy + attention transfer: at one rate, and with `LayerwiseLR`.
+order is trained twice on cross-entropy and a distance to the teacher, layer by layer: at one rate,
+and with `LayerwiseLR` on the same distances. They are those of attention maps, or of Jacobians: of
+the gradients by the image of each map's entry that is the teacher's largest.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd.layers import pair_layers
-from lwkd.losses import AttentionTransfer
+from lwkd.losses import AttentionTransfer, JacobianMatching
 from lwkd.policy import Policy
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 ARMS = ("uniform", "layer-wise")
+KINDS = {"attention": 3.0, "jacobian": 0.3}  # and β: of 3, 10, 30 and of 0.1, 0.3, 1, 3
 BATCH = 64
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
@@ -34,24 +37,26 @@ class Settings:
     """What one run of the demo does.
 
     Attributes:
+        kind: One of KINDS: what of both networks is matched.
         seeds: How many students each arm trains.
         epochs: Of a student.
         teacher_epochs: Of the teacher.
         policy: Of `LayerwiseLR`, a name or a callable; None is its default.
         device: Where everything runs.
-        lr: The unscaled rate of both arms (SGD, momentum 0.9, cosine schedule). Of 0.05, 0.1 and
-            0.2 with β = 3, 10 and 30, what serves the uniform arm best.
-        beta: Weight of the attention transfer.
+        lr: The unscaled rate of both arms (SGD, momentum 0.9, cosine schedule): of 0.05, 0.1 and
+            0.2 what serves the uniform arm best.
+        beta: Weight of the distances; None is what serves the uniform arm of the kind best.
         limit: Use only so many training images, at least one batch of 64; None: all.
     """
 
+    kind: str = "attention"
     seeds: int = 3
     epochs: int = 20
     teacher_epochs: int = 8
     policy: str | Policy | None = None
     device: str = "cpu"
     lr: float = 0.05
-    beta: float = 3.0
+    beta: float | None = None
     limit: int | None = None
 
 
@@ -251,16 +256,20 @@ def distil(
     base = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     layerwise = arm == "layer-wise"
     rates = LayerwiseLR(optimizer, pairs, policy=settings.policy, base=base) if layerwise else None
-    transfer = AttentionTransfer(settings.beta)
+    beta = KINDS[settings.kind] if settings.beta is None else settings.beta
+    jacobian = settings.kind == "jacobian"
+    transfer = JacobianMatching(beta, of="map") if jacobian else AttentionTransfer(beta)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(1, settings.epochs + 1):
         seen = []
         for images, labels in batches(data, generator):
+            x = images.requires_grad_(jacobian)
             with pairs.capture() as features:
-                logits = student(images)
-                with torch.no_grad():
-                    teacher(images)
-            terms = transfer(features.student, features.teacher)
+                logits = student(x)
+                with torch.set_grad_enabled(jacobian):
+                    teacher(x)
+            both = features.student, features.teacher
+            terms = transfer(*both, x) if jacobian else transfer(*both)
             optimizer.zero_grad()
             (F.cross_entropy(logits, labels) + terms.total).backward()
             d = terms.per_layer.detach()

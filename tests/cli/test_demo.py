@@ -45,6 +45,19 @@ def test_both_arms_start_with_the_same_weights_and_batch(result: digits.Result) 
     assert first[0][0]["distance"] != first[0][3]["distance"]  # another seed, another student
 
 
+def test_the_jacobian_kind_trains_as_well() -> None:
+    """Students approach their teacher in what is matched, and rates follow that."""
+    found = digits.run(replace(TINY, kind="jacobian", seeds=1))
+    for arm in digits.ARMS:
+        rows = pick(found.layer_rows, arm=arm)
+        means = [fmean(r["distance"] for r in pick(rows, epoch=e)) for e in (0, 2)]
+        assert means[1] < 0.9 * means[0]
+        assert 0 < means[1] < means[0] <= 2  # of normalised gradients: not the maps' distances
+    last = pick(found.layer_rows, arm="layer-wise", epoch=2)
+    assert len({r["multiplier"] for r in last}) == len(last)
+    assert "digits by Jacobians: test" in demo.headline(found, "jacobian")
+
+
 def test_only_the_layerwise_arm_changes_rates(result: digits.Result) -> None:
     assert {r["multiplier"] for r in pick(result.layer_rows, arm="uniform")} == {1.0}
     last = pick(result.layer_rows, arm="layer-wise", epoch=2)
@@ -171,6 +184,10 @@ def test_mean_and_spread_are_over_the_last_epoch() -> None:
     [
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--epochs", "-1"], "--epochs: expected at least 1, got -1"),
+        (
+            ["--kind", "jacobean"],
+            "--kind: expected one of attention, jacobian, got 'jacobean'; did",
+        ),
         (["--device", "cuda:99"], "--device: expected one of cpu"),
         (["--device", "gpu"], "--device: expected one of cpu"),
         (["--out", "demo.xyz"], "path: expected a name that ends in one of "),
