@@ -100,17 +100,20 @@ class Plan:
             self.words += words
         return self._known[words]
 
-    def launch(self, kernel: Any, **constants: Any) -> list[tuple[int, tuple[int, ...]]]:
+    def launch(
+        self, kernel: Any, *, stage: int = 0, **constants: Any
+    ) -> list[tuple[int, tuple[int, ...]]]:
         """The one launch of ``kernel`` with these constants: append (programs, row) to it.
 
-        Of OPTIONS what a kernel wants otherwise is among them.
+        Of OPTIONS what a kernel wants otherwise is among them. ``stage``: launches of one kernel
+        that wait for something between them.
         """
-        return self._launches.setdefault((kernel, tuple(constants.items())), [])
+        return self._launches.setdefault((kernel, tuple(constants.items()), stage), [])
 
     def launches(self) -> list[tuple[Any, int, dict[str, Any]]]:
         """(kernel, programs, its arguments but for the table), once: writes rows to ``words``."""
         out = []
-        for (kernel, constants), every in self._launches.items():
+        for (kernel, constants, _), every in self._launches.items():
             rows = [row for row in every if row[0]]
             for start in range(0, len(rows), ITEMS[-1]):
                 part = rows[start : start + ITEMS[-1]]

@@ -8,38 +8,32 @@
     mean_kernel      over the batch
 
 What is summed, ‖U‖², ⟨U, G_S⟩ and ‖G_S‖², gives the distance whatever c is; where c was so far off
-that digits are lost, ``finish_kernel`` writes a better one and the sample is done once more. Sums
-of tiles are float64, in an order that follows from shapes: results repeat bit for bit.
+that digits are lost, ``finish_kernel`` writes a better one, and the next of three passes does the
+sample once more: nobody waits to see whether there is one. Sums of tiles are float64, in an order
+that follows from shapes: results repeat bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from .common import DTYPES, Plan, helper, kernel, locate, mean_kernel
-from .factors_tiles import (
-    MATRIX,
-    NORMALIZED,
-    NORMS,
-    direct_kernel,
-    gram_kernel,
-    index_kernel,
-    thin_kernel,
-)
+from .factors_items import FORM, Job, job_of
+from .factors_tiles import NORMALIZED, NORMS
 from .jacobian import plan_sums
 
 __all__ = ["distances"]
 
-DENSE, INDICES, CONVOLUTION = 0, 1, 2  # as lwkd/ops/factors_reference.py tells items apart
-FORM = 15
 _NORMALIZED, _NORMS = tl.constexpr(NORMALIZED), tl.constexpr(NORMS)
 _EPS = tl.constexpr(1e-12)
-_STEP = 32  # rows, or columns, that go into the matrix units at a time
+_PASSES = 3
+# Of ‖cG_T‖² to ‖G_S‖²: below, it is what rounding has left, and c is raised by a step.
+_NOISE, _RAISE = tl.constexpr(1e-5), tl.constexpr(1e4)
 
 # --- c, and the distances -------------------------------------------------------------------------
 
@@ -47,10 +41,10 @@ _STEP = 32  # rows, or columns, that go into the matrix units at a time
 @kernel
 def guess_kernel(
     table, base: tl.int64, items: tl.int64,
-    ROUND: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Row: items of the layer, their words, N, c [N]. Of an item: sums of a and how many pieces a
-    sample has (none of indices), the same of d, c_a [N], which is of type ROUND.
+    sample has (none of indices), the same of d, c_a [N].
     """
     row, program = locate(table, base, items, WIDTH, ITEMS)
     count, item, samples = tl.load(row + 1), table + tl.load(row + 2), tl.load(row + 3)
@@ -73,8 +67,7 @@ def guess_kernel(
             whole = pieces == 0
             good = (ss > 0) & (tt > 0)
             one = tl.where(good, tl.sqrt(ss / tl.where(good, tt, 1.0)), 1.0)
-            if side == 0:  # what is multiplied in float32 and in float64 is one number
-                one = one.to(ROUND).to(tl.float64)
+            if side == 0:
                 c_a = tl.load(item + 4).to(tl.pointer_type(tl.float64))
                 tl.store(c_a + n, one, mask=exists)
             weight *= tl.where(whole, 1.0, tl.sqrt(ss))
@@ -96,7 +89,8 @@ def distance_of(uu, us, ss, c, WAY: tl.constexpr):
         ratio = tl.where(whole == 0, 0.0, (ns - nt) / tl.where(whole == 0, 1.0, whole))
         d = ratio * ratio
     elif WAY == _NORMALIZED:
-        vv = ss - 2 * us + uu  # of v = c·G_T
+        vv = ss - 2 * us + uu  # of v = c·G_T; a teacher that is nothing leaves exactly 0
+        noise = (vv < ss * _NOISE) & (vv != 0)
         vv = tl.where(vv < 0, 0.0, vv)
         ns, nv = tl.sqrt(ss), tl.sqrt(vv)
         nt = nv / c
@@ -106,6 +100,7 @@ def distance_of(uu, us, ss, c, WAY: tl.constexpr):
         d = (uu - x * x) / tl.where(dead, 1.0, ns * nv)
         lost = (2 * x * x > uu) & (dead == 0)  # more than half of ‖U‖² is along G_S
         mended = tl.where(lost, c * (ns / tl.where(dead, 1.0, nv)), 0.0)
+        mended = tl.where(noise & (ns >= eps), c * _RAISE, mended)
         a, b = tl.where(ns < eps, eps, ns), tl.where(nt < eps, eps, nt)
         short = ss / a / a + nt / b * (nt / b) - 2 * ((ss - us) / c / a / b)
         d = tl.where(dead, short, d)
@@ -118,7 +113,7 @@ def distance_of(uu, us, ss, c, WAY: tl.constexpr):
 @kernel
 def finish_kernel(
     table, base: tl.int64, items: tl.int64,
-    WAY: tl.constexpr, OUT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    WAY: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Row: items of the layer, their words, c [N], active [N], distances [N]. Of an item: sums, how
@@ -151,135 +146,16 @@ def finish_kernel(
         k += 1
     c_at = tl.load(row + 3).to(tl.pointer_type(tl.float64)) + n
     d, mended = distance_of(uu, us, ss, tl.load(c_at), WAY)
-    active = tl.load(row + 4).to(tl.pointer_type(tl.int32)) + n
-    tl.store(tl.load(row + 5).to(tl.pointer_type(OUT)) + n, d.to(OUT), mask=tl.load(active) != 0)
-    if ROUND == 0 and WAY == _NORMALIZED:
-        again = (mended > 0) & (mended < float("inf"))
+    active = tl.load(row + 4).to(tl.pointer_type(tl.float64)) + n
+    wanted = tl.load(active) != 0
+    tl.store(tl.load(row + 5).to(tl.pointer_type(OUT)) + n, d.to(OUT), mask=wanted)
+    if WAY == _NORMALIZED:
+        again = (mended > 0) & (mended < float("inf")) & wanted
         tl.store(c_at, mended, mask=again)
-        tl.store(active, again.to(tl.int32))
+        tl.store(active, again.to(tl.float64))
 
 
 # --- on the host ----------------------------------------------------------------------------------
-
-
-class _Job(NamedTuple):
-    """One parameter, of one network or of both: how it is contracted, and what kernels are told."""
-
-    kernel: Any
-    programs: int  # of a sample
-    tensors: tuple[Tensor, ...]  # a and d of the student, and of the teacher
-    words: tuple[int, ...]
-    constants: dict[str, Any]
-    side: int = 0
-
-
-def _power(size: int, most: int) -> int:
-    """The power of two from 16 that covers size, at the most ``most``."""
-    return min(max(16, 1 << max(size - 1, 0).bit_length()), most)
-
-
-def _dense_words(x: Tensor) -> tuple[int, ...]:
-    """Of [N, T, C] or [N, G, T, C]."""
-    g = x.stride(1) if x.dim() == 4 else 0
-    return _padded((x.stride(0), g, x.stride(-2), x.stride(-1)))
-
-
-def _padded(words: tuple[int, ...]) -> tuple[int, ...]:
-    return words + (0,) * (MATRIX - len(words))
-
-
-def _conv_words(x: Tensor, y: Tensor, form: Sequence[int]) -> list[tuple[int, ...]]:
-    """Of the patches of x, and of y as patches of one position each."""
-    groups, front = form[1], 5 - x.dim()
-    kernel, stride, padding, dilation = (form[3 + 3 * i : 6 + 3 * i] for i in range(4))
-    positions = (1,) * front + tuple(y.shape[2:])
-    out = []
-    for z, patch in ((x, True), (y, False)):
-        size = (1,) * front + tuple(z.shape[2:])
-        steps = (0,) * front + z.stride()[2:]
-        k = kernel if patch else (1, 1, 1)
-        words = [z.stride(0), z.shape[1] // groups * z.stride(1), k[0], z.stride(1)]
-        words += [positions[1], positions[2], k[1], k[2]]
-        for i in range(3):
-            words += [stride[i], dilation[i], padding[i]] if patch else [1, 1, 0]
-            words += [size[i], steps[i]]
-        out.append(tuple(words))
-    return out
-
-
-def _job(sides: Sequence[tuple[Tensor, Tensor]], form: Sequence[int], gram: bool, how: int) -> _Job:
-    a, d = sides[0]
-    conv, indices = form[0] == CONVOLUTION, form[0] == INDICES
-    if conv:
-        # A transposed convolution's gradient is that of an ordinary one from its output.
-        sides = [pair[::-1] if form[2] else pair for pair in sides]
-        x, y = sides[0]
-        groups, rows = form[1], y[0, 0].numel() if len(y) else 0
-        inputs = x.shape[1] // groups * form[3] * form[4] * form[5]
-        outputs = y.shape[1] // groups
-        words = [w for pair in sides for w in _conv_words(*pair, form)]
-    else:
-        groups, rows, outputs = d.shape[1] if d.dim() == 4 else 1, d.shape[-2], d.shape[-1]
-        inputs = 1 if indices else a.shape[-1]
-        words = []
-        for p, q in sides:
-            words += [_padded((p.stride(0), 0, p.stride(1))) if indices else _dense_words(p)]
-            words += [_dense_words(q)]
-    tensors = tuple(x for pair in sides for x in pair) * (1 if len(sides) == 2 else 2)
-    words = words * (1 if len(sides) == 2 else 2)
-    double = any(x.dtype == torch.float64 for x in tensors)
-    types = [DTYPES.get(x.dtype) for x in tensors]
-    constants: dict[str, Any] = {"WAY": how}
-    if indices:
-        block = _power(rows, 32)
-        blocks = -(-rows // block)
-        programs, kernel = blocks * (blocks + 1) // 2, index_kernel
-        constants |= {"D": types[1], "E": types[3], "BT": block}
-    elif not conv and 1 in (inputs, outputs):
-        words, groups, inputs = _thin(words, groups, inputs, outputs)
-        block = _power(inputs, 64)
-        programs, kernel = groups * -(-inputs // block), thin_kernel
-        constants |= dict(zip("ADBE", types, strict=True)) | {"BT": 16, "BJ": block}
-    else:
-        constants |= dict(zip("ADBE", types, strict=True))
-        constants |= {"ACC": tl.float64 if double else tl.float32, "CONV": conv}
-        constants["PREC"] = precision = _precision(tensors)
-        # As large as registers hold them: without matrix units they hold less.
-        most = 16 if double else 64 if precision == "tf32" else 32
-        constants["num_warps"] = 8 if precision == "tf32" else 4
-        step = 16 if double else _STEP
-        if gram:
-            block = _power(rows, most)
-            blocks = -(-rows // block)
-            programs, kernel = groups * blocks * (blocks + 1) // 2, gram_kernel
-            constants |= {"BT": block, "BK": step}
-        else:
-            o, i = _power(outputs, most), _power(inputs, most)
-            programs, kernel = groups * -(-outputs // o) * -(-inputs // i), direct_kernel
-            constants |= {"BO": o, "BI": i, "BT": step}
-    shape = (programs, groups, rows, inputs, outputs)
-    flat = shape + tuple(w for m in words for w in m)
-    return _Job(kernel, programs, tensors, flat, constants)
-
-
-def _thin(
-    words: list[tuple[int, ...]], groups: int, inputs: int, outputs: int
-) -> tuple[list[tuple[int, ...]], int, int]:
-    """Matrices of one row of columns each: of the groups, where they are single numbers."""
-    single = inputs == outputs == 1
-    out = []
-    for k, (n, g, t, c, *_) in enumerate(words):
-        width = outputs if k % 2 else inputs
-        column = g if single else c if width > 1 else 0
-        out.append(_padded((n, 0 if single else g, t, column)))
-    return out, 1 if single else groups, groups if single else max(inputs, outputs)
-
-
-def _precision(tensors: Sequence[Tensor]) -> str:
-    """As torch multiplies float32 matrices; what has fewer digits loses none in TF32."""
-    short = all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact and not short else "tf32"
 
 
 def distances(*args: Any) -> Tensor:
@@ -310,41 +186,22 @@ def plan_distances(
         return plan, like.new_zeros(shape, dtype=dtype), None
     distance = like.new_empty(shape, dtype=dtype)
     each = like.new_empty((length, n), dtype=torch.float64) if mean else distance
-    c = torch.ones((length, n), dtype=torch.float64, device=like.device)
-    c_a = torch.ones((len(layers), n), dtype=torch.float64, device=like.device)
-    active = torch.ones((length, n), dtype=torch.int32, device=like.device)
-    jobs: list[tuple[int, int, _Job]] = []  # (item, layer, job)
+    jobs: list[list[tuple[int, Job]]] = [[] for _ in range(length)]  # of a layer: (item, job)
     for i, layer in enumerate(layers):
+        s, t = (student_a[i], student_d[i]), (teacher_a[i], teacher_d[i])
         form, other = (forms[(2 * i + k) * FORM : (2 * i + k + 1) * FORM] for k in (0, 1))
-        s, t, gram = (
-            (student_a[i], student_d[i]),
-            (teacher_a[i], teacher_d[i]),
-            contractions[i] == 0,
-        )
+        gram = contractions[i] == 0
         if how == NORMS:
-            jobs.append((i, layer, _job([s], form, gram, how)))
-            jobs.append((i, layer, _job([t], other, gram, how)._replace(side=1)))
+            jobs[layer].append((i, job_of([s], form, gram, how)))
+            jobs[layer].append((i, job_of([t], other, gram, how)._replace(side=1)))
         else:
-            jobs.append((i, layer, _job([s, t], form, gram, how)))
-    keep_alive: list[Any] = [each, c, c_a, active, jobs]
+            jobs[layer].append((i, job_of([s, t], form, gram, how)))
+    # c and whether a sample is to be done, of every layer; c_a of every item.
+    state = torch.ones((2 * length + len(layers), n), dtype=torch.float64, device=like.device)
+    keep_alive: list[Any] = [each, jobs, state]
     if how == NORMALIZED:
-        keep_alive += _plan_guess(plan, jobs, c, c_a, dtype)
-    sums = [like.new_empty((n, job.programs, 3), dtype=torch.float64) for _, _, job in jobs]
-    keep_alive += sums
-    for again in range(2 if how == NORMALIZED else 1):
-        for (i, layer, job), partial in zip(jobs, sums, strict=True):
-            plan.launch(job.kernel, ROUND=again, **job.constants).append((n * job.programs, (
-                *(x.data_ptr() for x in job.tensors), c_a[i].data_ptr(), c[layer].data_ptr(),
-                active[layer].data_ptr(), partial.data_ptr(), plan.share(job.words),
-            )))  # fmt: skip
-        launch = plan.launch(finish_kernel, WAY=how, OUT=DTYPES[each.dtype], ROUND=again, BLOCK=128)
-        for layer in range(length):
-            own = [k for k, (_, of, _) in enumerate(jobs) if of == layer]
-            words: list[int] = []
-            for k in own:
-                words += [sums[k].data_ptr(), jobs[k][2].programs, jobs[k][2].side]
-            launch.append((n, (len(own), plan.share(tuple(words)), c[layer].data_ptr(),
-                               active[layer].data_ptr(), each[layer].data_ptr())))  # fmt: skip
+        keep_alive += _plan_guess(plan, jobs, state)
+    keep_alive += _plan_passes(plan, jobs, state, each, how)
     if mean:
         end, step = distance.data_ptr(), distance.element_size()
         plan.launch(mean_kernel, OUT=DTYPES[dtype], BLOCK=128 if n <= 128 else 1024).extend(
@@ -353,26 +210,55 @@ def plan_distances(
     return plan, distance, keep_alive
 
 
-def _plan_guess(
-    plan: Plan, jobs: Sequence[tuple[int, int, _Job]], c: Tensor, c_a: Tensor, dtype: torch.dtype
-) -> list[Any]:
+def _plan_guess(plan: Plan, jobs: Sequence[Sequence[tuple[int, Job]]], state: Tensor) -> list[Any]:
     """c of every layer and c_a of every item."""
     keep_alive: list[Any] = []
-    words: list[list[int]] = [[] for _ in c]
-    for i, layer, job in jobs:
-        a, d, b, e = job.tensors
-        for pair in ((a, b), (d, e)):
-            if pair[0].dtype == torch.int64 or pair[0].numel() == 0:
-                words[layer] += [0, 0]
-                continue
-            partial, pieces, kept = plan_sums(plan, pair, NORMALIZED, len(jobs))
-            words[layer] += [partial.data_ptr(), pieces]
-            keep_alive += [partial, kept]
-        words[layer].append(c_a[i].data_ptr())
-    n = c.shape[1]
+    n, length = state.shape[1], len(jobs)
     block = 32 if n <= 32 else 128
-    plan.launch(guess_kernel, ROUND=DTYPES[dtype], BLOCK=block).extend(
-        (-(-n // block), (len(w) // 5, plan.share(tuple(w)), n, c[layer].data_ptr()))
-        for layer, w in enumerate(words)
-    )
+    passes = sum(map(len, jobs))
+    rows = []
+    for layer, own in enumerate(jobs):
+        words: list[int] = []
+        for i, job in own:
+            a, d, b, e = job.tensors
+            for pair in ((a, b), (d, e)):
+                if pair[0].dtype == torch.int64 or pair[0].numel() == 0:
+                    words += [0, 0]
+                    continue
+                partial, pieces, kept = plan_sums(plan, pair, NORMALIZED, passes)
+                words += [partial.data_ptr(), pieces]
+                keep_alive += [partial, kept]
+            words.append(state[2 * length + i].data_ptr())
+        at = plan.share(tuple(words))
+        rows.append((-(-n // block), (len(own), at, n, state[layer].data_ptr())))
+    plan.launch(guess_kernel, BLOCK=block).extend(rows)
+    return keep_alive
+
+
+def _plan_passes(
+    plan: Plan, jobs: Sequence[Sequence[tuple[int, Job]]], state: Tensor, each: Tensor, how: int
+) -> list[Any]:
+    """The sums of all items, and then the distances of all layers, as often as c may be mended."""
+    n, length, keep_alive = state.shape[1], len(jobs), []
+    tiles: list[tuple[Job, int, tuple[int, ...]]] = []
+    ends: list[tuple[int, tuple[int, ...]]] = []
+    for layer, own in enumerate(jobs):
+        words: list[int] = []
+        c, active = state[layer].data_ptr(), state[length + layer].data_ptr()
+        for i, job in own:
+            sums = state.new_empty((n, job.programs, 3))
+            keep_alive.append(sums)
+            words += [sums.data_ptr(), job.programs, job.side]
+            tiles.append((job, n * job.programs, (
+                *(x.data_ptr() for x in job.tensors), state[2 * length + i].data_ptr(), c, active,
+                sums.data_ptr(), plan.share(job.words),
+            )))  # fmt: skip
+        at = plan.share(tuple(words))
+        ends.append((n, (len(own), at, c, active, each[layer].data_ptr())))
+    for again in range(_PASSES if how == NORMALIZED else 1):
+        for job, programs, row in tiles:
+            plan.launch(job.kernel, stage=again, **job.constants).append((programs, row))
+        plan.launch(finish_kernel, stage=again, WAY=how, OUT=DTYPES[each.dtype], BLOCK=128).extend(
+            ends
+        )
     return keep_alive

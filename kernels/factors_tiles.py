@@ -3,7 +3,7 @@
     direct_kernel    tiles of U and of G_S, squared and summed, by the matrix units
     gram_kernel      pairs of blocks of rows: the four blocks of both grams, and their products
     thin_kernel      gradients that are vectors, in float64
-    index_kernel     an embedding's: pairs of rows that are the same, in float64
+    index_kernel     an embedding's: products of rows that look up the same
 
 The stacked factors are formed as they are read; patches are gathered as they are read.
 """
@@ -18,36 +18,121 @@ DIFFERENCE, NORMALIZED, NORMS = 0, 1, 2
 _NORMALIZED, _NORMS = tl.constexpr(NORMALIZED), tl.constexpr(NORMS)
 _INTERPRET = tl.constexpr(INTERPRET)
 
-# --- tiles of operands ----------------------------------------------------------------------------
-# The words of a matrix: strides of the batch, the groups, rows, columns; of a convolution then the
-# positions along the last two dimensions, the kernel's sizes along them, and for each of three
-# dimensions: steps, dilation, padding, size, stride.
-MATRIX = 23
-_M = tl.constexpr(MATRIX)
+# --- matrices -------------------------------------------------------------------------------------
+# A row of all four kernels: a and d of the student, a and d of the teacher, c_a [N], c [N],
+# active [N], out [N, programs, 3], shape. A shape: programs of a sample, groups, rows, inputs,
+# outputs, and the matrices in the order of the row.
+# The words of a matrix: strides of the batch, the groups, rows, columns. Of a convolution (CONV 1:
+# of the inputs, 2: of the outputs too) then the positions along the last two dimensions, the
+# kernel's sizes along three, and for each of these: steps, dilation, padding, size, stride.
+DENSE_WORDS, CONV_WORDS = 4, 24
+_DENSE, _CONV = tl.constexpr(DENSE_WORDS), tl.constexpr(CONV_WORDS)
+# ACROSS: rows are adjacent in memory, not columns. VECTOR elements are then read at a time, or one.
 
 
 @helper
-def load_tile(x, words, n, g, t, c, rows, columns, CONV: tl.constexpr, ACC: tl.constexpr):
-    """Rows t and columns c of a matrix, [T, C] in ACC; 0 where there are none."""
-    at = n * tl.load(words) + g * tl.load(words + 1)
-    exists = (t < rows)[:, None] & (c < columns)[None, :]
-    column = tl.load(words + 3)
+def sizes(shape, ACROSS: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr):
+    """Rows, inputs, outputs."""
+    down: tl.constexpr = VECTOR if ACROSS else 1
+    along: tl.constexpr = 1 if ACROSS else VECTOR
+    return (
+        tl.multiple_of(tl.load(shape + 2).to(INDEX), down),
+        tl.multiple_of(tl.load(shape + 3).to(INDEX), along),
+        tl.multiple_of(tl.load(shape + 4).to(INDEX), along),
+    )
+
+
+@helper
+def dimension(words, INDEX: tl.constexpr):
+    return (
+        tl.load(words).to(INDEX), tl.load(words + 1).to(INDEX), tl.load(words + 2).to(INDEX),
+        tl.load(words + 3).to(INDEX), tl.load(words + 4).to(INDEX),
+    )  # fmt: skip
+
+
+@helper
+def matrix(
+    at, words, n, g, DTYPE: tl.constexpr, CONV: tl.constexpr, ACROSS: tl.constexpr,
+    VECTOR: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """What ``load_tile`` reads: where the group of the sample begins, and the words."""
+    aligned: tl.constexpr = 16 if VECTOR > 1 else 1
+    start = n * tl.multiple_of(tl.load(words), VECTOR)
+    start += g * tl.multiple_of(tl.load(words + 1), VECTOR)
+    x = tl.multiple_of(tl.load(at).to(tl.pointer_type(DTYPE)), aligned) + start
+    row, column = tl.load(words + 2).to(INDEX), tl.load(words + 3).to(INDEX)
     if CONV:
-        o1, o2 = tl.load(words + 4), tl.load(words + 5)
-        k1, k2 = tl.load(words + 6), tl.load(words + 7)
-        taps = tl.load(words + 2) * k1 * k2
-        tap = c % taps
-        offset = at + (c // taps * column)[None, :]
-        for k in tl.static_range(3):
-            w = words + 8 + 5 * k
-            o = t // (o1 * o2) if k == 0 else (t // o2 % o1 if k == 1 else t % o2)
-            j = tap // (k1 * k2) if k == 0 else (tap // k2 % k1 if k == 1 else tap % k2)
-            i = (o * tl.load(w) - tl.load(w + 2))[:, None] + (j * tl.load(w + 1))[None, :]
-            exists = exists & (i >= 0) & (i < tl.load(w + 3))
-            offset = offset + i * tl.load(w + 4)
+        out = (
+            x, column, tl.load(words + 4).to(INDEX), tl.load(words + 5).to(INDEX),
+            tl.load(words + 6).to(INDEX), tl.load(words + 7).to(INDEX),
+            tl.load(words + 8).to(INDEX), dimension(words + 9, INDEX),
+            dimension(words + 14, INDEX), dimension(words + 19, INDEX),
+        )  # fmt: skip
     else:
-        offset = at + (t * tl.load(words + 2))[:, None] + (c * column)[None, :]
-    return widen(tl.load(x + offset, mask=exists, other=0), ACC)
+        # Where VECTOR are read at a time one of the two is 1.
+        out = (x, tl.multiple_of(row, VECTOR), tl.multiple_of(column, VECTOR))
+    return out
+
+
+@helper
+def outer(t, c, ACROSS: tl.constexpr):
+    """t + c of rows t and columns c, those that are adjacent last."""
+    return t[None, :] + c[:, None] if ACROSS else t[:, None] + c[None, :]
+
+
+@helper
+def both(t, c, ACROSS: tl.constexpr):
+    return t[None, :] & c[:, None] if ACROSS else t[:, None] & c[None, :]
+
+
+@helper
+def gather(dim, o, j, offset, exists, ACROSS: tl.constexpr):
+    """Positions o and taps j along one dimension, added to where they lie and whether."""
+    i = outer(o * dim[0] - dim[2], j * dim[1], ACROSS)
+    return offset + i * dim[4], exists & (i >= 0) & (i < dim[3])
+
+
+@helper
+def load_tile(
+    m, t, c, rows, columns,
+    CONV: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows t and columns c of a matrix, [T, C] in ACC; 0 where there are none."""
+    exists = both(t < rows, c < columns, ACROSS)
+    if CONV:
+        x, column, o1, o2, k0, k1, k2, first, second, third = m
+        taps = k0 * k1 * k2
+        if ACROSS:
+            channel, tap = c // taps, c % taps
+        else:  # channels are adjacent: the order of columns is nothing to a sum of squares
+            channel, tap = c % (columns // taps), c // (columns // taps)
+        offset = outer(t * 0, channel * column, ACROSS)
+        offset, exists = gather(first, t // (o1 * o2), tap // (k1 * k2), offset, exists, ACROSS)
+        offset, exists = gather(second, t // o2 % o1, tap // k2 % k1, offset, exists, ACROSS)
+        offset, exists = gather(third, t % o2, tap % k2, offset, exists, ACROSS)
+    else:
+        x, row, column = m
+        if VECTOR == 1:
+            offset = outer(t * row, c * column, ACROSS)
+        elif ACROSS:
+            offset = outer(t, c * column, ACROSS)
+        else:
+            offset = outer(t * row, c, ACROSS)
+    y = widen(tl.load(x + offset, mask=exists, other=0), ACC)
+    if ACROSS:
+        y = tl.trans(y)
+    return y
+
+
+# --- stacked factors ------------------------------------------------------------------------------
+
+
+@helper
+def coefficients(row, n):
+    """(c_a, c_d, c, whether the sample is to be done)."""
+    c_a = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float64)) + n)
+    c = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float64)) + n)
+    return c_a, c / c_a, c, tl.load(tl.load(row + 7).to(tl.pointer_type(tl.float64)) + n) != 0
 
 
 @helper
@@ -80,244 +165,245 @@ def total(x):
 
 
 @helper
-def store_sums(out, uu, us, ss, active):
+def dot64(x, y):
+    """Σ x·y of two tiles."""
+    return total(x.to(tl.float64) * y.to(tl.float64))
+
+
+@helper
+def store_sums(row, program, uu, us, ss, active):
+    out = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + program * 3
     tl.store(out, uu, mask=active)
     tl.store(out + 1, us, mask=active)
     tl.store(out + 2, ss, mask=active)
 
 
-# A row of all four: a and d of the student, a and d of the teacher, c_a [N], c [N], active [N],
-# out [N, programs, 3], shape. A shape: programs of a sample, groups, rows, inputs, outputs, and the
-# matrices in the order of the row.
+# --- kernels --------------------------------------------------------------------------------------
 
 
 @kernel
 def direct_kernel(
     table, base: tl.int64, items: tl.int64,
     A: tl.constexpr, D: tl.constexpr, B: tl.constexpr, E: tl.constexpr, ACC: tl.constexpr,
-    CONV: tl.constexpr, WAY: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
+    CONV: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    WAY: tl.constexpr, PREC: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
     WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    a = tl.load(row + 1).to(tl.pointer_type(A))
-    d = tl.load(row + 2).to(tl.pointer_type(D))
-    b = tl.load(row + 3).to(tl.pointer_type(B))
-    e = tl.load(row + 4).to(tl.pointer_type(E))
     shape = table + tl.load(row + 9)
     programs, groups = tl.load(shape), tl.load(shape + 1)
-    rows, inputs, outputs = tl.load(shape + 2), tl.load(shape + 3), tl.load(shape + 4)
+    rows, inputs, outputs = sizes(shape, ACROSS, VECTOR, INDEX)
     n, tile = program // programs, program % programs
+    g, tile = tile // (programs // groups), (tile % (programs // groups)).to(INDEX)
     across = (inputs + BI - 1) // BI
-    i = tile % across * BI + tl.arange(0, BI)
-    o = tile // across % ((outputs + BO - 1) // BO) * BO + tl.arange(0, BO)
-    g = tile // (programs // groups)
+    i, o = tile % across * BI + tl.arange(0, BI), tile // across * BO + tl.arange(0, BO)
+    each: tl.constexpr = _CONV if CONV else _DENSE
     words = shape + 5
-    c_a = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float64)) + n)
-    c_d = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float64)) + n) / c_a
-    active = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int32)) + n) != 0
-    until = tl.where(active, rows, 0)
+    m_a = matrix(row + 1, words, n, g, A, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_d = matrix(row + 2, words + each, n, g, D, CONV > 1, ACROSS, VECTOR, INDEX)
+    m_b = matrix(row + 3, words + 2 * each, n, g, B, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_e = matrix(row + 4, words + 3 * each, n, g, E, CONV > 1, ACROSS, VECTOR, INDEX)
+    c_a, c_d, _, active = coefficients(row, n)
+    scale = c_d.to(ACC)
     u = tl.full([BO, BI], 0, ACC)
     own = u
-    begin = until * 0
-    while begin < until:
-        t = begin + tl.arange(0, BT)
-        x = load_tile(a, words, n, g, t, i, rows, inputs, CONV, ACC)
-        y = load_tile(d, words + _M, n, g, t, o, rows, outputs, CONV, ACC)
+    until = tl.where(active, rows, 0)
+    k = until * 0
+    while k * BT < until:
+        t = k * BT + tl.arange(0, BT)
+        x = load_tile(m_a, t, i, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC)
+        y = load_tile(m_d, t, o, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
         if WAY == _NORMS:
             u = product(tl.trans(y), x, u, PREC)
         else:
-            p = load_tile(b, words + 2 * _M, n, g, t, i, rows, inputs, CONV, ACC)
-            q = load_tile(e, words + 3 * _M, n, g, t, o, rows, outputs, CONV, ACC)
+            p = load_tile(m_b, t, i, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC)
+            q = load_tile(m_e, t, o, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
             u = product(tl.trans(minus(y, q, c_d)), x, u, PREC)
-            u = product(tl.trans((q * c_d).to(ACC)), minus(x, p, c_a), u, PREC)
+            u = product(tl.trans(q * scale), minus(x, p, c_a), u, PREC)
             if WAY == _NORMALIZED:
                 own = product(tl.trans(y), x, own, PREC)
-        begin += BT
-    uu, us, ss = total(u.to(tl.float64) * u.to(tl.float64)), 0.0, 0.0
+        k += 1
+    uu, us, ss = dot64(u, u), 0.0, 0.0
     if WAY == _NORMALIZED:
-        us = total(u.to(tl.float64) * own.to(tl.float64))
-        ss = total(own.to(tl.float64) * own.to(tl.float64))
-    out = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + program * 3
-    store_sums(out, uu, us, ss, active)
+        us, ss = dot64(u, own), dot64(own, own)
+    store_sums(row, program, uu, us, ss, active)
 
 
 @kernel
 def gram_kernel(
     table, base: tl.int64, items: tl.int64,
     A: tl.constexpr, D: tl.constexpr, B: tl.constexpr, E: tl.constexpr, ACC: tl.constexpr,
-    CONV: tl.constexpr, WAY: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr,
+    CONV: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    WAY: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    a = tl.load(row + 1).to(tl.pointer_type(A))
-    d = tl.load(row + 2).to(tl.pointer_type(D))
-    b = tl.load(row + 3).to(tl.pointer_type(B))
-    e = tl.load(row + 4).to(tl.pointer_type(E))
     shape = table + tl.load(row + 9)
     programs, groups = tl.load(shape), tl.load(shape + 1)
-    rows, inputs, outputs = tl.load(shape + 2), tl.load(shape + 3), tl.load(shape + 4)
-    n, tile = program // programs, program % programs
-    g, pair = tile // (programs // groups), tile % (programs // groups)
+    rows, inputs, outputs = sizes(shape, ACROSS, VECTOR, INDEX)
+    n, pair = program // programs, program % programs
+    g, pair = pair // (programs // groups), (pair % (programs // groups)).to(INDEX)
     blocks = (rows + BT - 1) // BT
     first = pair * 0
     while pair >= blocks - first:
         pair -= blocks - first
         first += 1
-    second = first + pair
-    t, r = first * BT + tl.arange(0, BT), second * BT + tl.arange(0, BT)
+    t, r = first * BT + tl.arange(0, BT), (first + pair) * BT + tl.arange(0, BT)
+    each: tl.constexpr = _CONV if CONV else _DENSE
     words = shape + 5
-    c_a = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float64)) + n)
-    c_d = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float64)) + n) / c_a
-    active = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int32)) + n) != 0
+    m_a = matrix(row + 1, words, n, g, A, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_d = matrix(row + 2, words + each, n, g, D, CONV > 1, ACROSS, VECTOR, INDEX)
+    m_b = matrix(row + 3, words + 2 * each, n, g, B, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_e = matrix(row + 4, words + 3 * each, n, g, E, CONV > 1, ACROSS, VECTOR, INDEX)
+    c_a, c_d, _, active = coefficients(row, n)
+    scale = c_d.to(ACC)
     p11 = tl.full([BT, BT], 0, ACC)
-    p12, p21, p22 = p11, p11, p11
+    p12, p21, p22, q11, q12, q21, q22 = p11, p11, p11, p11, p11, p11, p11
     until = tl.where(active, inputs, 0)
     k = until * 0
-    while k < until:
-        c = k + tl.arange(0, BK)
-        x = load_tile(a, words, n, g, t, c, rows, inputs, CONV, ACC)
-        y = load_tile(a, words, n, g, r, c, rows, inputs, CONV, ACC)
+    while k * BK < until:
+        c = k * BK + tl.arange(0, BK)
+        x = load_tile(m_a, t, c, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC)
+        y = load_tile(m_a, r, c, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC)
         p11 = product(x, tl.trans(y), p11, PREC)
         if WAY != _NORMS:
-            u = minus(x, load_tile(b, words + 2 * _M, n, g, t, c, rows, inputs, CONV, ACC), c_a)
-            v = minus(y, load_tile(b, words + 2 * _M, n, g, r, c, rows, inputs, CONV, ACC), c_a)
+            u = minus(x, load_tile(m_b, t, c, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC), c_a)
+            v = minus(y, load_tile(m_b, r, c, rows, inputs, CONV > 0, ACROSS, VECTOR, ACC), c_a)
             p12 = product(x, tl.trans(v), p12, PREC)
             p21 = product(u, tl.trans(y), p21, PREC)
             p22 = product(u, tl.trans(v), p22, PREC)
-        k += BK
-    q11 = tl.full([BT, BT], 0, ACC)
-    q12, q21, q22 = q11, q11, q11
+        k += 1
     until = tl.where(active, outputs, 0)
     k = until * 0
-    while k < until:
-        c = k + tl.arange(0, BK)
-        x = load_tile(d, words + _M, n, g, t, c, rows, outputs, CONV, ACC)
-        y = load_tile(d, words + _M, n, g, r, c, rows, outputs, CONV, ACC)
-        if WAY == _NORMS:
-            q11 = product(x, tl.trans(y), q11, PREC)
-        else:
-            u = load_tile(e, words + 3 * _M, n, g, t, c, rows, outputs, CONV, ACC)
-            v = load_tile(e, words + 3 * _M, n, g, r, c, rows, outputs, CONV, ACC)
-            x, y = minus(x, u, c_d), minus(y, v, c_d)
-            u, v = (u * c_d).to(ACC), (v * c_d).to(ACC)
-            q11 = product(x, tl.trans(y), q11, PREC)
+    while k * BK < until:
+        c = k * BK + tl.arange(0, BK)
+        x = load_tile(m_d, t, c, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
+        y = load_tile(m_d, r, c, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
+        if WAY != _NORMS:
+            u = load_tile(m_e, t, c, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
+            v = load_tile(m_e, r, c, rows, outputs, CONV > 1, ACROSS, VECTOR, ACC)
+            x, y, u, v = minus(x, u, c_d), minus(y, v, c_d), u * scale, v * scale
             q12 = product(x, tl.trans(v), q12, PREC)
             q21 = product(u, tl.trans(y), q21, PREC)
             q22 = product(u, tl.trans(v), q22, PREC)
-        k += BK
+        q11 = product(x, tl.trans(y), q11, PREC)
+        k += 1
     # A pair of two blocks stands for two pairs.
-    twice = tl.where(first == second, 1.0, 2.0).to(tl.float64)
-    p, q = p11.to(tl.float64), q11.to(tl.float64)
-    uu, us, ss = twice * total(p * q), 0.0, 0.0
+    twice = tl.where(pair == 0, 1.0, 2.0).to(tl.float64)
+    uu, us, ss = dot64(p11, q11), 0.0, 0.0
     if WAY != _NORMS:
-        p_12, p_21, p_22 = p12.to(tl.float64), p21.to(tl.float64), p22.to(tl.float64)
-        q_12, q_21, q_22 = q12.to(tl.float64), q21.to(tl.float64), q22.to(tl.float64)
-        uu = twice * total(p * q + p_12 * q_12 + p_21 * q_21 + p_22 * q_22)
-        if WAY == _NORMALIZED:
-            one = p * (q + q_12) + p_21 * (q_21 + q_22)
-            other = p * (q + q_21) + p_12 * (q_12 + q_22)
-            us = twice * total(one + other) / 2
-            ss = twice * total(p * (q + q_12 + q_21 + q_22))
-    out = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + program * 3
-    store_sums(out, uu, us, ss, active)
+        uu += dot64(p12, q12) + dot64(p21, q21) + dot64(p22, q22)
+    if WAY == _NORMALIZED:
+        # d of the student is what is left of it and what was taken from it.
+        left, right = q11.to(tl.float64) + q12, q11.to(tl.float64) + q21
+        us = dot64(p11, left) + dot64(p21, q21.to(tl.float64) + q22)
+        us = (us + dot64(p11, right) + dot64(p12, q12.to(tl.float64) + q22)) / 2
+        ss = dot64(p11, left + (q21.to(tl.float64) + q22))
+    store_sums(row, program, twice * uu, twice * us, twice * ss, active)
 
 
 @kernel
 def thin_kernel(
     table, base: tl.int64, items: tl.int64,
     A: tl.constexpr, D: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
-    WAY: tl.constexpr, ROUND: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    CONV: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    WAY: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Of a shape the inputs are the columns of all four matrices, some of stride 0."""
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    a = tl.load(row + 1).to(tl.pointer_type(A))
-    d = tl.load(row + 2).to(tl.pointer_type(D))
-    b = tl.load(row + 3).to(tl.pointer_type(B))
-    e = tl.load(row + 4).to(tl.pointer_type(E))
     shape = table + tl.load(row + 9)
     programs, groups = tl.load(shape), tl.load(shape + 1)
-    rows, columns = tl.load(shape + 2), tl.load(shape + 3)
+    rows, columns, _ = sizes(shape, ACROSS, VECTOR, INDEX)
     n, tile = program // programs, program % programs
-    g = tile // (programs // groups)
-    j = tile % (programs // groups) * BJ + tl.arange(0, BJ)
+    g, tile = tile // (programs // groups), (tile % (programs // groups)).to(INDEX)
+    j = tile * BJ + tl.arange(0, BJ)
+    each: tl.constexpr = _CONV if CONV else _DENSE
     words = shape + 5
-    c = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float64)) + n)
-    active = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int32)) + n) != 0
-    until = tl.where(active, rows, 0)
-    own = tl.full([BJ], 0, tl.float64)
+    m_a = matrix(row + 1, words, n, g, A, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_d = matrix(row + 2, words + each, n, g, D, CONV > 1, ACROSS, VECTOR, INDEX)
+    m_b = matrix(row + 3, words + 2 * each, n, g, B, CONV > 0, ACROSS, VECTOR, INDEX)
+    m_e = matrix(row + 4, words + 3 * each, n, g, E, CONV > 1, ACROSS, VECTOR, INDEX)
+    _, _, c, active = coefficients(row, n)
+    own = tl.full([BT, BJ], 0, tl.float64)
     other = own
-    begin = until * 0
-    while begin < until:
-        t = begin + tl.arange(0, BT)
-        x = load_tile(a, words, n, g, t, j, rows, columns, False, tl.float64)
-        y = load_tile(d, words + _M, n, g, t, j, rows, columns, False, tl.float64)
-        own += tl.sum(x * y, 0)
+    until = tl.where(active, rows, 0)
+    k = until * 0
+    while k * BT < until:
+        t = k * BT + tl.arange(0, BT)
+        x = load_tile(m_a, t, j, rows, columns, CONV > 0, ACROSS, VECTOR, tl.float64)
+        own += x * load_tile(m_d, t, j, rows, columns, CONV > 1, ACROSS, VECTOR, tl.float64)
         if WAY != _NORMS:
-            x = load_tile(b, words + 2 * _M, n, g, t, j, rows, columns, False, tl.float64)
-            y = load_tile(e, words + 3 * _M, n, g, t, j, rows, columns, False, tl.float64)
-            other += tl.sum(x * y, 0)
-        begin += BT
-    u = own - c * other
-    out = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + program * 3
-    store_sums(out, tl.sum(u * u, 0), tl.sum(u * own, 0), tl.sum(own * own, 0), active)
+            x = load_tile(m_b, t, j, rows, columns, CONV > 0, ACROSS, VECTOR, tl.float64)
+            other += x * load_tile(m_e, t, j, rows, columns, CONV > 1, ACROSS, VECTOR, tl.float64)
+        k += 1
+    g_s = tl.sum(own, 0)
+    u = g_s - c * tl.sum(other, 0)
+    store_sums(row, program, tl.sum(u * u, 0), tl.sum(u * g_s, 0), tl.sum(g_s * g_s, 0), active)
+
+
+@helper
+def looked_up(at, words, n, t, rows, other):
+    """The rows of an embedding at t."""
+    x = tl.load(at).to(tl.pointer_type(tl.int64)) + n * tl.load(words)
+    return tl.load(x + t * tl.load(words + 2), mask=t < rows, other=other)
 
 
 @kernel
 def index_kernel(
     table, base: tl.int64, items: tl.int64,
-    D: tl.constexpr, E: tl.constexpr, WAY: tl.constexpr, ROUND: tl.constexpr, BT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, ACC: tl.constexpr,
+    ACROSS: tl.constexpr, VECTOR: tl.constexpr, INDEX: tl.constexpr,
+    WAY: tl.constexpr, PREC: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     WIDTH: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Rows t of the student and the teacher, with those of a second block; a: what they look up."""
+    """Every pair of blocks. Where both networks look up the same, U has one row, else two."""
     row, program = locate(table, base, items, WIDTH, ITEMS)
-    a = tl.load(row + 1).to(tl.pointer_type(tl.int64))
-    d = tl.load(row + 2).to(tl.pointer_type(D))
-    b = tl.load(row + 3).to(tl.pointer_type(tl.int64))
-    e = tl.load(row + 4).to(tl.pointer_type(E))
     shape = table + tl.load(row + 9)
-    programs, rows, outputs = tl.load(shape), tl.load(shape + 2), tl.load(shape + 4)
-    n, pair = program // programs, program % programs
+    programs = tl.load(shape)
+    rows, _, outputs = sizes(shape, ACROSS, VECTOR, INDEX)
+    n, pair = program // programs, (program % programs).to(INDEX)
     blocks = (rows + BT - 1) // BT
-    first = pair * 0
-    while pair >= blocks - first:
-        pair -= blocks - first
-        first += 1
-    second = first + pair
-    t, r = first * BT + tl.arange(0, BT), second * BT + tl.arange(0, BT)
+    t = pair // blocks * BT + tl.arange(0, BT)
+    r = pair % blocks * BT + tl.arange(0, BT)
     words = shape + 5
-    c = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float64)) + n)
-    active = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int32)) + n) != 0
-    at, step = a + n * tl.load(words), tl.load(words + 2)
-    s_t = tl.load(at + t * step, mask=t < rows, other=-1)
-    s_r = tl.load(at + r * step, mask=r < rows, other=-2)
-    at, step = b + n * tl.load(words + 2 * _M), tl.load(words + 2 * _M + 2)
-    t_t = tl.load(at + t * step, mask=t < rows, other=-1)
-    t_r = tl.load(at + r * step, mask=r < rows, other=-2)
-    q11 = tl.full([BT, BT], 0, tl.float64)
-    q12, q21, q22 = q11, q11, q11
+    m_d = matrix(row + 2, words + _DENSE, n, 0, D, False, ACROSS, VECTOR, INDEX)
+    m_e = matrix(row + 4, words + 3 * _DENSE, n, 0, E, False, ACROSS, VECTOR, INDEX)
+    s_t, s_r = looked_up(row + 1, words, n, t, rows, -1), looked_up(row + 1, words, n, r, rows, -2)
+    words += 2 * _DENSE
+    t_t, t_r = looked_up(row + 3, words, n, t, rows, -1), looked_up(row + 3, words, n, r, rows, -2)
+    same_t, same_r = (s_t == t_t)[:, None], (s_r == t_r)[:, None]
+    _, _, c, active = coefficients(row, n)
+    scale = c.to(ACC)
+    q11 = tl.full([BT, BT], 0, ACC)
+    q12, q22, u1, u2, own = q11, q11, q11, q11, q11
     until = tl.where(active, outputs, 0)
     k = until * 0
-    column = tl.arange(0, 1)
-    while k < until:
-        x = load_tile(d, words + _M, n, 0, t, k + column, rows, outputs, False, tl.float64)
-        y = load_tile(d, words + _M, n, 0, r, k + column, rows, outputs, False, tl.float64)
-        q11 += x * tl.trans(y)
+    while k * BK < until:
+        column = k * BK + tl.arange(0, BK)
+        x = load_tile(m_d, t, column, rows, outputs, False, ACROSS, VECTOR, ACC)
+        y = load_tile(m_d, r, column, rows, outputs, False, ACROSS, VECTOR, ACC)
+        own = product(x, tl.trans(y), own, PREC)
         if WAY != _NORMS:
-            u = load_tile(e, words + 3 * _M, n, 0, t, k + column, rows, outputs, False, tl.float64)
-            v = load_tile(e, words + 3 * _M, n, 0, r, k + column, rows, outputs, False, tl.float64)
-            u, v = -c * u, -c * v
-            q12 += x * tl.trans(v)
-            q21 += u * tl.trans(y)
-            q22 += u * tl.trans(v)
+            u = load_tile(m_e, t, column, rows, outputs, False, ACROSS, VECTOR, ACC)
+            v = load_tile(m_e, r, column, rows, outputs, False, ACROSS, VECTOR, ACC)
+            x = tl.where(same_t, minus(x, u, c), x)
+            u = tl.where(same_t, 0.0, -u * scale)
+            if WAY == _NORMALIZED:
+                u1 = product(x, tl.trans(y), u1, PREC)
+                u2 = product(u, tl.trans(y), u2, PREC)
+            y = tl.where(same_r, minus(y, v, c), y)
+            v = tl.where(same_r, 0.0, -v * scale)
+            q11 = product(x, tl.trans(y), q11, PREC)
+            q12 = product(x, tl.trans(v), q12, PREC)
+            q22 = product(u, tl.trans(v), q22, PREC)
         k += 1
-    twice = tl.where(first == second, 1.0, 2.0).to(tl.float64)
-    q11 = tl.where(s_t[:, None] == s_r[None, :], q11, 0.0)
-    q12 = tl.where(s_t[:, None] == t_r[None, :], q12, 0.0)
-    q21 = tl.where(t_t[:, None] == s_r[None, :], q21, 0.0)
-    q22 = tl.where(t_t[:, None] == t_r[None, :], q22, 0.0)
-    out = tl.load(row + 8).to(tl.pointer_type(tl.float64)) + program * 3
-    uu = twice * total(q11 + q12 + q21 + q22)
-    store_sums(out, uu, twice * total(q11 + (q12 + q21) / 2), twice * total(q11), active)
+    ss = total(tl.where(s_t[:, None] == s_r[None, :], own, 0.0))
+    uu, us = ss, ss
+    if WAY != _NORMS:
+        uu = total(tl.where(s_t[:, None] == s_r[None, :], q11, 0.0))
+        uu += 2 * total(tl.where(s_t[:, None] == t_r[None, :], q12, 0.0))
+        uu += total(tl.where(t_t[:, None] == t_r[None, :], q22, 0.0))
+        us = total(tl.where(s_t[:, None] == s_r[None, :], u1, 0.0))
+        us += total(tl.where(t_t[:, None] == s_r[None, :], u2, 0.0))
+    store_sums(row, program, uu, us, ss, active)

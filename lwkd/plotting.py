@@ -36,6 +36,7 @@ def layer_curves(
     title: str = "",
     measured: str = "layer-wise",
     x: str = "epoch",
+    distance: str = "",
 ) -> Figure:
     """Draw distances and rates of the layers over time, and what they do to the accuracy.
 
@@ -52,6 +53,7 @@ def layer_curves(
         title: One line that says what is seen.
         measured: The arm whose rates followed the distances.
         x: The key of the time axis, also its label.
+        distance: Of what the distances are, for example "attention maps".
 
     Returns:
         A ``matplotlib.figure.Figure``; `save` writes it.
@@ -62,9 +64,9 @@ def layer_curves(
 
     >>> rows = [dict(arm="layer-wise", seed=0, epoch=e, layer=n, distance=d / e, multiplier=1 / e)
     ...         for e in (1, 2, 3) for n, d in (("conv1", 0.3), ("conv2", 0.6))]
-    >>> figure = layer_curves(rows, title="both layers approach their teacher")
+    >>> figure = layer_curves(rows, title="both approach their teacher", distance="Jacobians")
     >>> [axes.get_title(loc="left") for axes in figure.axes]
-    ['Distance to the teacher', 'Multiplier of the learning rate']
+    ['Distance to the teacher: Jacobians', 'Multiplier of the learning rate']
     """
     op = "plotting.layer_curves"
     _require(op, "layer_rows", layer_rows, ("arm", "seed", x, "layer", "distance", "multiplier"))
@@ -83,7 +85,8 @@ def layer_curves(
     mine = [row for row in layer_rows if row["arm"] == measured]
     _draw_layers(axes[1], mine, "multiplier", layers, colours, measured, x)
     axes[1].axhline(1.0, color=_FAINT, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    _dress(axes[0], "Distance to the teacher", _arms_note(layer_rows, measured), x)
+    heading = "Distance to the teacher" + (f": {distance}" if distance else "")
+    _dress(axes[0], heading, _arms_note(layer_rows, measured), x)
     note = "dotted: 1, the uniform rate"
     if len(layers) > _LABELS:
         note += "; colours: dark first layer, light last"

@@ -157,7 +157,7 @@ def search() -> None:
 def table(found: list[rows.Row]) -> str:
     """Return accuracy, the gain over CE in points, paired by seed, and the Jacobians' distance."""
     lines = [
-        "| images a class | loss | accuracy | minus CE, points | minus the row above | Jacobian D |",
+        "| images a class | loss | accuracy | minus CE, points | minus the row above | Jacobians |",
         "|--:|---|--:|--:|--:|--:|",
     ]
     for each in sorted({row["images_of_each_class"] for row in found}):

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention_map.cuh"
+#include "table.cuh"
 
 namespace lwkd::cuda {
 
@@ -18,8 +19,6 @@ struct View {
   int64_t positions() const { return size[0] * size[1] * size[2]; }
   int64_t element() const { return dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2; }
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- packs ---------------------------------------------------------------------------------------
 

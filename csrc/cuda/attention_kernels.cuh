@@ -5,36 +5,14 @@
 //   backward   slope_kernel      dD/dm at every raw position, from the saved maps
 //              spread_kernel     dx = slope · d|x|^p/dx, one pass over x and dx
 //
-// All layers of a call share a launch. What a block works on stands in a table that is itself a
-// kernel parameter: nothing is copied to the device and a captured graph keeps it.
+// All layers of a call share a launch.
 #pragma once
 
 #include "attention_distance.cuh"
 #include "attention_map.cuh"
+#include "table.cuh"
 
 namespace lwkd::cuda {
-
-template <typename Item, int K>
-struct Table {
-  int64_t blocks;
-  int32_t count;
-  Item item[K];
-};
-
-// The item that a block belongs to.
-template <typename Item, int K>
-__device__ __forceinline__ int find(const Table<Item, K>& table, int64_t block) {
-  int low = 0, high = table.count;
-#pragma unroll 1
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.item[middle].first <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
 
 // Blocks of a multiprocessor: the powers people use leave 64 registers a thread.
 template <typename A, typename P>

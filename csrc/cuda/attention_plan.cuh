@@ -43,15 +43,6 @@ struct Options {
 
 // --- launching -----------------------------------------------------------------------------------
 
-// Items of a launch: as many as a kernel parameter holds (32,764 bytes), and a short table for the
-// usual few layers, since the whole table travels with every launch.
-#ifdef LWKD_EMULATE
-constexpr int kFewItems = 2, kManyItems = 6;
-#else
-constexpr int kFewItems = 32, kManyItems = 128;
-#endif
-constexpr int64_t kTableBytes = 32764 - 64;
-
 // The powers people train with have kernels of their own.
 template <typename A, typename Run>
 void with_power(double p, const Run& run) {
@@ -70,62 +61,12 @@ void with_bool(bool value, const Run& run) {
     run(std::false_type{});
 }
 
-// Splits `items` into tables and calls run(table, first item) for each. SHORT: there are
-// kernels for the short table, which is for what people train with: float, p of 1 or 2.
-template <bool SHORT, typename Item, typename Run>
-void with_tables(const std::vector<Item>& items, const Run& run) {
-  const auto fill = [&]<int K>(std::integral_constant<int, K>, size_t from, size_t count) {
-    static_assert(sizeof(Table<Item, K>) <= kTableBytes, "a kernel parameter ends at 32,764 bytes");
-    Table<Item, K> table;
-    table.count = static_cast<int32_t>(count);
-    std::copy_n(items.begin() + from, count, table.item);
-    run(table, from);
-  };
-  for (size_t from = 0; from < items.size(); from += kManyItems) {
-    const size_t count = std::min<size_t>(kManyItems, items.size() - from);
-    if constexpr (SHORT) {
-      if (count <= kFewItems) {
-        fill(std::integral_constant<int, kFewItems>{}, from, count);
-        continue;
-      }
-    }
-    fill(std::integral_constant<int, kManyItems>{}, from, count);
-  }
-}
-
-// Numbers the blocks of a table and returns how many there are.
-template <typename Item, int K>
-int64_t number_blocks(Table<Item, K>& table, const int64_t* blocks) {
-  int64_t first = 0;
-  for (int i = 0; i < table.count; ++i) {
-    table.item[i].first = first;
-    first += blocks[i];
-  }
-  return table.blocks = first;
-}
-
 constexpr int64_t kMapShared[2] = {kThreads * 8 * 4, kThreads * 2 * 8};  // float, double
 
 // Threads of a sample's team, and of a block of teams.
 inline int32_t team_of(int64_t cells, int threads) { return cells <= 256 ? 32 : threads; }
 inline int block_of(int64_t most_cells) { return most_cells >= 8192 ? kDistanceThreads : kThreads; }
 inline int64_t teams_shared(int threads) { return threads / 32 * 3 * 8; }
-
-// Bytes handed out of one allocation.
-struct Scratch {
-  int64_t bytes = 0;
-  char* data = nullptr;
-
-  int64_t reserve(int64_t count, int64_t element) {
-    const int64_t at = bytes;
-    bytes += ceil_div(count * element, 16) * 16;
-    return at;
-  }
-  template <typename T>
-  T* at(int64_t offset) const {
-    return reinterpret_cast<T*>(data + offset);
-  }
-};
 
 // --- forward -------------------------------------------------------------------------------------
 

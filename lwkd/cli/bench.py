@@ -1,9 +1,9 @@
 """Time the ops on this machine, against plain PyTorch and torch.compile.
 
-Forward, and forward + backward to the student, on shapes of common networks in float32. All three
-must agree before anything is timed. Medians of interleaved runs: CUDA events on a GPU, the clock on
-a CPU. GB/s counts what has to be moved at least: both networks' activations read once, for the
-backward the student's read again and its gradient written.
+Forward and, where the op has a gradient, forward + backward to the student, on shapes of common
+networks in float32. All three must agree before anything is timed. Medians of interleaved runs:
+CUDA events on a GPU, the clock on a CPU. GB/s counts what has to be moved at least: both networks'
+operands read once, for the backward the student's read again and its gradient written.
 """
 
 from __future__ import annotations
@@ -13,94 +13,27 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lwkd import ops
 from lwkd.cli import table
-from lwkd.cli.info import check_device, devices, versions
-from lwkd.ops import backends
+from lwkd.cli.info import check_device, collect, devices, versions
+from lwkd.cli.workloads import FULL, QUICK, Workload
+from lwkd.ops.checks import message, suggest
 
-Shapes = Sequence[tuple[int, ...]]
 Run = Callable[[], list[Tensor]]
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Activations [N, C, H, W], or tokens [N, 1 + h·w, D] where ``fold`` says h and w."""
-
-    name: str
-    batch: int
-    student: Shapes
-    teacher: Shapes
-    fold: tuple[int, int] | None = None
-
-    def tensors(self, device: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Return random activations; the student's need gradients."""
-        g = torch.Generator(device).manual_seed(0)
-        make = partial(torch.randn, device=device, generator=g)
-        student = [make((self.batch, *s), requires_grad=True) for s in self.student]
-        return student, [make((self.batch, *s)) for s in self.teacher]
-
-
-def _stages(widths: Sequence[int], size: int) -> Shapes:
-    return [(c, size >> i, size >> i) for i, c in enumerate(widths)]
-
-
-FULL = (
-    Workload(
-        "ResNet-50 to ResNet-18, 224²", 32,
-        _stages((64, 128, 256, 512), 56), _stages((256, 512, 1024, 2048), 56),
-    ),
-    Workload(
-        "ResNet-18 to half of it, CIFAR", 128,
-        _stages((32, 64, 128, 256), 32), _stages((64, 128, 256, 512), 32),
-    ),
-    Workload("ViT-B to ViT-Ti, 4 blocks", 32, [(197, 192)] * 4, [(197, 768)] * 4, (14, 14)),
-    Workload("64 tiny layers", 8, [(8, 4, 4)] * 64, [(16, 4, 4)] * 64),
-)  # fmt: skip
-QUICK = (
-    Workload("two stages", 4, _stages((8, 16), 8), _stages((16, 32), 8)),
-    Workload("tokens", 4, [(17, 8)] * 2, [(17, 16)] * 2, (4, 4)),
-)
-
-
-def plain(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], fold: tuple[int, int] | None = None
-) -> Tensor:
-    """Return the distances [L] the way one writes them with PyTorch's own operations."""
-    out = []
-    for s, t in zip(student, teacher, strict=True):
-        if fold is None:
-            maps = [s.square().sum(1), t.square().sum(1)]
-        else:
-            maps = [x[:, 1:].square().sum(2).unflatten(1, fold) for x in (s, t)]
-        (h, w), (other_h, other_w) = (m.shape[1:] for m in maps)
-        size = (min(h, other_h), min(w, other_w))
-        maps = [m if m.shape[1:] == size else F.adaptive_avg_pool2d(m, size) for m in maps]
-        a, b = (F.normalize(m.flatten(1), dim=1, eps=1e-12) for m in maps)
-        out.append((a - b).square().sum(1).mean())
-    return torch.stack(out)
-
-
-def fused(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], fold: tuple[int, int] | None = None
-) -> Tensor:
-    """Return the distances [L] by the op."""
-    if fold is None:
-        return ops.layer_discrepancy(student, teacher)
-    return ops.layer_discrepancy(student, teacher, tokens=((*fold, 1), (*fold, 1)))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``python -m lwkd bench``."""
+    parser.add_argument(
+        "--kind", default="attention", help="of distance: attention (the default) or jacobian"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -110,20 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure and print."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.kind not in FULL:
+        got = repr(args.kind) + suggest(args.kind, FULL)
+        raise ValueError(message("bench", "--kind", f"one of {', '.join(FULL)}", got))
     check_device("bench", device)
-    workloads = QUICK if args.quick else FULL
+    workloads = (QUICK if args.quick else FULL)[args.kind]
+    passes = [(w, backward) for w in workloads for backward in (False, True)[: 1 + w.gradients]]
     rows: list[Row] = []
     on_gpu = device.startswith("cuda")
     with (
         torch.cuda.device(device) if on_gpu else nullcontext(),
-        table.progress(f"timing on {device}", 2 * len(workloads)) as tick,
+        table.progress(f"timing on {device}", len(passes)) as tick,
     ):
-        for workload in workloads:
-            for backward in (False, True):
-                rows += measure(workload, device, backward, not args.no_compile, args.quick)
-                tick()
+        for workload, backward in passes:
+            rows += measure(workload, device, backward, not args.no_compile, args.quick)
+            tick()
     machine = {**versions(), "device": _name(device), "threads": torch.get_num_threads()}
-    machine["backend"] = backends.serving(device.split(":")[0])
+    machine["backend"] = _serving(device.split(":")[0], {w.op for w in workloads})
     if args.json:
         print(json.dumps({"machine": machine, "rows": rows}, indent=2))
     else:
@@ -139,7 +75,7 @@ def measure(
     Args:
         workload: The shapes.
         device: Where.
-        backward: Also the gradient with respect to the student.
+        backward: Also the gradient with respect to the student; not every op has one.
         compiled: Whether torch.compile takes part.
         quick: Three rounds instead of up to thirty.
 
@@ -151,15 +87,18 @@ def measure(
         RuntimeError: The contenders do not agree.
     """
     student, teacher = workload.tensors(device)
-    functions: dict[str, Callable[..., Tensor]] = {"lwkd": fused, "PyTorch": plain}
+    functions: dict[str, Callable[..., Tensor]] = {
+        "lwkd": workload.fused,
+        "PyTorch": workload.plain,
+    }
     if compiled:
         torch.compiler.reset()
-        functions["torch.compile"] = torch.compile(plain, dynamic=False)
+        functions["torch.compile"] = torch.compile(workload.plain, dynamic=False)
     runs: dict[str, Run] = {}
     errors: dict[str, str | None] = dict.fromkeys(functions)
     want: list[Tensor] = []
     for name, function in functions.items():
-        run = partial(_step, function, student, teacher, workload.fold, backward)
+        run = partial(_step, function, student, teacher, backward)
         try:
             got = run()
         except Exception as error:
@@ -192,11 +131,10 @@ def _step(
     function: Callable[..., Tensor],
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    fold: tuple[int, int] | None,
     backward: bool,
 ) -> list[Tensor]:
     with torch.set_grad_enabled(backward):
-        d = function(student, teacher, fold)
+        d = function(student, teacher)
         return [d, *torch.autograd.grad(d.sum(), student)] if backward else [d]
 
 
@@ -241,6 +179,14 @@ def _cuda_seconds(run: Run, repeats: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def _serving(device: str, names: set[str]) -> str:
+    """Say which backend serves these ops; "compiled and triton" where they differ."""
+    served = {
+        o["served_by"] for o in collect()["ops"] if o["device"] == device and o["op"] in names
+    }
+    return " and ".join(sorted(map(str, served)))
 
 
 def _name(device: str) -> str:

@@ -18,6 +18,7 @@ from lwkd.ops.checks import message, suggest
 
 # The schedule ends near 0: a rate of fixed point would be all zeros.
 FORMS = {"distance": ".4f", "multiplier": ".2f", "rate": ".1e"}
+MATCHED = {"attention": "attention maps", "jacobian": "Jacobians"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
         result.accuracy_rows,
         title=headline(result, args.kind),
         measured=digits.ARMS[1],
+        distance=MATCHED[args.kind],
     )
     print(f"\npicture: {plotting.save(figure, args.out)}   ({time.perf_counter() - start:.0f} s)")
     return 0

@@ -16,10 +16,10 @@ ROOT = HERE.parents[2]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def compile_driver(out: Path, *flags: str) -> Path:
+def compile_driver(out: Path, *flags: str, driver: str = "driver.cpp") -> Path:
     """Compile csrc/cuda for the host; the kernels' own sources, unchanged."""
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLWKD_EMULATE"]
-    command += [f"-I{ROOT / 'csrc/cuda'}", f"-I{HERE}", *flags, str(HERE / "driver.cpp")]
+    command += [f"-I{ROOT / 'csrc/cuda'}", f"-I{HERE}", *flags, str(HERE / driver)]
     done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out

@@ -1,42 +1,15 @@
 // Runs the CUDA kernels of the attention kind on raw buffers, through the emulator: a library whose
 // one function is called with pointers, and a program that reads a file of such calls, with every
 // buffer in an allocation of exactly its size for the sanitizers.
-#include <cstring>
 #include <fstream>
-#include <memory>
 #include <string>
 
 #include "attention_plan.cuh"
+#include "host.h"
 
 namespace {
 
 using namespace lwkd::cuda;
-
-class HostLauncher {
- public:
-  explicit HostLauncher(unsigned seed) : seed_(seed) {}
-
-  void* allocate(int64_t bytes) {
-    scratch_.reset(static_cast<char*>(std::aligned_alloc(16, std::max<int64_t>(bytes, 16))));
-    std::memset(scratch_.get(), 0xff, bytes);  // uninitialised: NaN
-    return scratch_.get();
-  }
-  void clear(void* data, int64_t bytes) {
-    if (bytes > 0) std::memset(data, 0, bytes);
-  }
-  template <typename... Parameters, typename... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
-              const Arguments&... arguments) {
-    emulator::launch(blocks, threads, shared, seed_++, [&] { kernel(arguments...); });
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  unsigned seed_;
-  std::unique_ptr<char, Free> scratch_;
-};
 
 // A call is a list of integers, read in order; a pointer is a buffer's index and a byte offset.
 class Reader {
