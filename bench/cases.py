@@ -144,6 +144,7 @@ class FactorsCase:
     rows: int  # tokens, or the side of a square of positions
     conv: bool = False
     normalize: bool = True
+    dtype: torch.dtype = torch.float32
     apart: float = 1e-2
     small: bool = False
     modes: tuple[str, ...] = (FORWARD,)
@@ -161,7 +162,8 @@ class FactorsCase:
             shapes = [(self.samples, self.rows, c) for c in (self.inputs, self.outputs)]
         student = [torch.randn(s, generator=g, device=self.device) for s in shapes]
         noise = [torch.randn(s, generator=g, device=self.device) for s in shapes]
-        return Inputs(student, [x + self.apart * z for x, z in zip(student, noise, strict=True)])
+        teacher = [x + self.apart * z for x, z in zip(student, noise, strict=True)]
+        return Inputs(*([x.to(self.dtype) for x in side] for side in (student, teacher)))
 
     def flops(self) -> dict[str, float]:
         """Of ‖U‖² by either contraction: 2T rows, and of a gram the three blocks of four."""
@@ -220,13 +222,19 @@ ROWS_CASES = tuple(
 FACTORS_CASES = tuple(
     FactorsCase(
         f"{name}{'' if normalize else '-difference'}",
-        f"Jacobian factors, {title}{'' if normalize else ', not normalised'}", "cpu",
-        samples, inputs, outputs, rows, conv, normalize,
+        f"Jacobian factors, {title}{'' if normalize else ', not normalised'}", device,
+        samples, inputs, outputs, rows, conv, normalize, dtype,
     )
-    for name, title, samples, inputs, outputs, rows, conv in (
-        ("linear", "Linear 768→3072, N=32, T=197", 32, 768, 3072, 197, False),
-        ("conv14", "conv 256→256 3×3 at 14², N=32", 32, 256, 256, 14, True),
-        ("conv56", "conv 64→64 3×3 at 56², N=16", 16, 64, 64, 56, True),
+    for name, title, device, dtype, samples, inputs, outputs, rows, conv in (
+        ("linear", "Linear 768→3072, N=32, T=197", "cpu", torch.float32, 32, 768, 3072, 197, False),
+        ("conv14", "conv 256→256 3×3 at 14², N=32", "cpu", torch.float32, 32, 256, 256, 14, True),
+        ("conv56", "conv 64→64 3×3 at 56², N=16", "cpu", torch.float32, 16, 64, 64, 56, True),
+        ("gpu-linear", "Linear 768→3072, N=256, T=197, bf16", "cuda", _HALF, 256, 768, 3072, 197,
+         False),
+        ("gpu-linear-float32", "Linear 768→3072, N=256, T=197, float32", "cuda", torch.float32, 256,
+         768, 3072, 197, False),
+        ("gpu-conv14", "conv 256→256 3×3 at 14², N=256, bf16", "cuda", _HALF, 256, 256, 256, 14,
+         True),
     )
     for normalize in (True, False)
 )  # fmt: skip
