@@ -51,6 +51,16 @@ struct Job {
   // Whether G is built, tile by tile, of which there are more and less exact ways.
   bool builds() const { return !gram && !indices() && !student.thin(); }
 
+  // Whether the library is called: its products are to be one thread's, and a region makes them so.
+  bool library() const {
+    if (!gram && !builds()) return false;
+    if (student.form == kConvolution && !gram) return true;
+    const int64_t r = row_blocks().size;
+    const int64_t most = gram ? r * r * std::max(student.inputs, student.outputs)
+                              : student.rows * student.inputs * student.outputs;
+    return most > kSmall;
+  }
+
   Split row_blocks() const { return {student.rows, kRows}; }
   Split input_blocks() const { return {student.inputs, kLine}; }
   Split output_blocks() const {
@@ -100,7 +110,7 @@ struct Job {
       all = s.groups * s.rows * (s.inputs + s.outputs) * (3 * s.rows / 100 + 4);
     else
       all = s.groups * s.rows * s.inputs * s.outputs / 100 * ways + s.rows * s.outputs * ways;
-    return all / tiles() + 4096;
+    return all / tiles() + 1024;
   }
   // Numbers that a thread keeps.
   int64_t scratch() const {

@@ -103,7 +103,9 @@ void pass(Work& work) {
   std::vector<Block> blocks;
   std::vector<int64_t> first;
   int64_t tasks = 0, largest = 1;
+  bool library = false;
   for (const Job& job : work.jobs) {
+    library = library || job.library();
     const int64_t tiles = job.tiles();
     blocks.push_back({work.samples, tiles * kTile, tiles, job.cost(work.how), 0});
     first.push_back(tasks);
@@ -111,10 +113,11 @@ void pass(Work& work) {
     largest = std::max(largest, job.scratch() * int64_t(sizeof(A)));
   }
   const std::unique_ptr<Sums[]> partial(new Sums[tasks]());
-  // One range a thread, and two at the least: inside a parallel region every product is one
-  // thread's, so that it is the same however many there are.
   const int64_t total = lay_out(blocks), threads = std::max<int64_t>(2, kScratch / largest);
-  const int64_t grain = OneThread::possible() ? (total + threads - 1) / threads : total;
+  int64_t grain = std::max(kGrain, (total + threads - 1) / threads);
+  // Whatever its size: inside a parallel region every product is one thread's, so that it is the
+  // same however many there are.
+  if (library) grain = OneThread::possible() ? (total + threads - 1) / threads : total;
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     const OneThread guard;
     Scratch<A> scratch;

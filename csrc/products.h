@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "numeric.h"
 
 namespace lwkd {
 
@@ -33,10 +34,9 @@ struct Matrix {
   bool by_column = false;
 
   Matrix transposed() const { return {data, columns, rows, !by_column}; }
-  Tensor tensor() const {
-    const std::vector<int64_t> strides{by_column ? 1 : columns, by_column ? rows : 1};
-    return borrow(data, {rows, columns}, strides);
-  }
+  int64_t row_step() const { return by_column ? 1 : columns; }
+  int64_t column_step() const { return by_column ? rows : 1; }
+  Tensor tensor() const { return borrow(data, {rows, columns}, {row_step(), column_step()}); }
 };
 
 // Has the library work with one thread for as long as this stands, on the thread where it stands.
@@ -97,7 +97,26 @@ inline bool has_onednn() {
   return has;
 }
 
-// Σ x·wᵀ over the pairs that are added, one after the other.
+// Multiplications up to which a loop is done before the library has begun.
+constexpr int64_t kSmall = 4096;
+
+// to += x·wᵀ, element (r, c) of each at r · row + c · column.
+#define LWKD_MULTIPLY(A)                                                                        \
+  [[maybe_unused]] LWKD_CLONES static void multiply(                                            \
+      const A* x, int64_t x_row, int64_t x_column, const A* w, int64_t w_row, int64_t w_column, \
+      int64_t rows, int64_t columns, int64_t inner, A* to) {                                    \
+    for (int64_t i = 0; i < rows; ++i)                                                          \
+      for (int64_t j = 0; j < columns; ++j) {                                                   \
+        double sum = 0;                                                                         \
+        for (int64_t k = 0; k < inner; ++k)                                                     \
+          sum += double(x[i * x_row + k * x_column]) * double(w[j * w_row + k * w_column]);     \
+        to[i * columns + j] += static_cast<A>(sum);                                             \
+      }                                                                                         \
+  }
+LWKD_MULTIPLY(float)
+LWKD_MULTIPLY(double)
+
+// Σ x·wᵀ over the pairs that are added, one after the other, none with more columns than the first.
 template <typename A>
 class Product {
  public:
@@ -106,6 +125,12 @@ class Product {
   // `zeros`: rows · columns of them.
   void add(const Matrix<A>& x, const Matrix<A>& w, const A* zeros) {
     using torch::stable::detail::from;
+    if (!sum_ && rows_ * columns_ * x.columns <= kSmall) {
+      small_.resize(rows_ * columns_, A(0));
+      multiply(x.data, x.row_step(), x.column_step(), w.data, w.row_step(), w.column_step(), rows_,
+               columns_, x.columns, small_.data());
+      return;
+    }
     constexpr int64_t kLarge = 1 << 20;  // multiplications: fewer, and starting oneDNN takes longer
     if constexpr (std::is_same_v<A, float>) {
       // Where torch's BLAS is MKL, oneDNN is twice as fast as that on processors not of Intel's.
@@ -130,10 +155,13 @@ class Product {
     sum_ = product;
   }
 
-  const A* data() const { return static_cast<const A*>(sum_->const_data_ptr()); }
+  const A* data() const {
+    return sum_ ? static_cast<const A*>(sum_->const_data_ptr()) : small_.data();
+  }
 
  private:
   int64_t rows_, columns_;
+  std::vector<A> small_;
   std::optional<Tensor> sum_;
 };
 
