@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kScratch = 64 << 20;  // bytes of all threads together
 constexpr double kLost = 0.5;           // of ‖U‖² along G_S: from there on c is mended
+constexpr double kNoise = 1e-5;         // of one square: another that is less is rounding
 constexpr int kRounds = 3;              // of mending
 
 // What the factors' own norms say of a parameter and sample.
@@ -148,12 +149,18 @@ void pass(Work& work) {
 double distance_of(const Sums& sums, How how, double c, double* mended) {
   if (how == kDifference) return sums[0];
   if (how == kNorms) {
-    const double ns = std::sqrt(sums[0]), nt = std::sqrt(sums[1]), whole = ns + nt;
+    // Of a gram what is nothing may round below it.
+    const double ns = std::sqrt(std::max(sums[0], 0.0)), nt = std::sqrt(std::max(sums[1], 0.0));
+    const double whole = ns + nt;
     const double ratio = whole == 0 ? 0 : (ns - nt) / whole;
     return ratio * ratio;
   }
-  const double uu = sums[0], us = sums[1], ss = sums[2];
-  const double vv = std::max(ss - 2 * us + uu, 0.0);  // v = c·G_T
+  const double uu = sums[0], us = sums[1], ss = sums[2] < 0 ? 0 : sums[2];
+  double vv = ss - 2 * us + uu;  // v = c·G_T
+  // c is so small that nothing is known of v, or so large that nothing is of G_S; or there is none.
+  if (vv < kNoise * ss) *mended = c / std::sqrt(kNoise);
+  if (ss < kNoise * vv) *mended = c * std::sqrt(kNoise);
+  if (vv < 0) vv = 0;
   const double ns = std::sqrt(ss), nv = std::sqrt(vv), nt = nv / c;
   if (ns < kEps || nt < kEps) {
     const double a = std::max(ns, kEps), b = std::max(nt, kEps);
@@ -161,7 +168,7 @@ double distance_of(const Sums& sums, How how, double c, double* mended) {
     return d < 0 ? 0 : d;
   }
   const double x = (2 * us - uu) / (ns + nv);
-  if (x * x > kLost * uu) *mended = c * (ns / nv);
+  if (*mended == 0 && x * x > kLost * uu) *mended = c * (ns / nv);
   const double d = (uu - x * x) / (ns * nv);
   return d < 0 ? 0 : d;
 }

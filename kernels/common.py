@@ -100,13 +100,10 @@ class Plan:
             self.words += words
         return self._known[words]
 
-    def launch(
-        self, kernel: Any, *, stage: int = 0, **constants: Any
-    ) -> list[tuple[int, tuple[int, ...]]]:
-        """The one launch of ``kernel`` with these constants: append (programs, row) to it.
+    def launch(self, kernel: Any, stage: int = 0, **constants: Any) -> list[tuple[int, Any]]:
+        """The one launch of ``kernel`` with these constants, and stage: append (programs, row).
 
-        Of OPTIONS what a kernel wants otherwise is among them. ``stage``: launches of one kernel
-        that wait for something between them.
+        Of OPTIONS what a kernel wants otherwise is among the constants.
         """
         return self._launches.setdefault((kernel, tuple(constants.items()), stage), [])
 
@@ -117,12 +114,13 @@ class Plan:
             rows = [row for row in every if row[0]]
             for start in range(0, len(rows), ITEMS[-1]):
                 part = rows[start : start + ITEMS[-1]]
-                base, first = len(self.words), 0
+                words: list[int] = []
+                first = 0
                 for programs, row in part:
-                    self.words += (first, *row)
+                    words += (first, *row)
                     first += programs
                 arguments = {
-                    "base": base,
+                    "base": self.share(tuple(words)),
                     "items": len(part),
                     "WIDTH": len(part[0][1]) + 1,
                     "ITEMS": next(i for i in ITEMS if i >= len(part)),

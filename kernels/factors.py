@@ -32,8 +32,7 @@ __all__ = ["distances"]
 _NORMALIZED, _NORMS = tl.constexpr(NORMALIZED), tl.constexpr(NORMS)
 _EPS = tl.constexpr(1e-12)
 _PASSES = 3
-# Of ‖cG_T‖² to ‖G_S‖²: below, it is what rounding has left, and c is raised by a step.
-_NOISE, _RAISE = tl.constexpr(1e-5), tl.constexpr(1e4)
+_NOISE = tl.constexpr(1e-5)  # from one square to another: below, it is half or more rounding
 
 # --- c, and the distances -------------------------------------------------------------------------
 
@@ -82,16 +81,20 @@ def guess_kernel(
 @helper
 def distance_of(uu, us, ss, c, WAY: tl.constexpr):
     """D from its sums (of NORMS ‖G_S‖², ‖G_T‖²), and a better c, or 0 where this one will do."""
+    uu = tl.where(uu < 0, 0.0, uu)  # what a gram may round nothing to
     mended = uu * 0
     if WAY == _NORMS:
-        ns, nt = tl.sqrt(uu), tl.sqrt(us)
+        ns, nt = tl.sqrt(uu), tl.sqrt(tl.where(us < 0, 0.0, us))
         whole = ns + nt
         ratio = tl.where(whole == 0, 0.0, (ns - nt) / tl.where(whole == 0, 1.0, whole))
         d = ratio * ratio
     elif WAY == _NORMALIZED:
-        vv = ss - 2 * us + uu  # of v = c·G_T; a teacher that is nothing leaves exactly 0
-        noise = (vv < ss * _NOISE) & (vv != 0)
-        vv = tl.where(vv < 0, 0.0, vv)
+        vv = ss - 2 * us + uu  # of v = c·G_T
+        # Of one that is far the smaller rounding leaves nothing; what is nothing leaves exactly 0.
+        own = tl.where((ss < uu * _NOISE) & (ss != 0), uu * _NOISE, ss)
+        other = tl.where((vv < ss * _NOISE) & (vv != 0), ss * _NOISE, vv)
+        unsure = (own != ss) | (other != vv)
+        ss, vv = tl.where(ss < 0, 0.0, ss), tl.where(vv < 0, 0.0, vv)
         ns, nv = tl.sqrt(ss), tl.sqrt(vv)
         nt = nv / c
         eps = tl.full([], _EPS, tl.float64)
@@ -99,10 +102,11 @@ def distance_of(uu, us, ss, c, WAY: tl.constexpr):
         x = (2 * us - uu) / tl.where(dead, 1.0, ns + nv)
         d = (uu - x * x) / tl.where(dead, 1.0, ns * nv)
         lost = (2 * x * x > uu) & (dead == 0)  # more than half of ‖U‖² is along G_S
-        mended = tl.where(lost, c * (ns / tl.where(dead, 1.0, nv)), 0.0)
-        mended = tl.where(noise & (ns >= eps), c * _RAISE, mended)
+        mended = tl.where(unsure | lost, c * tl.sqrt(own / tl.where(other > 0, other, 1.0)), 0.0)
         a, b = tl.where(ns < eps, eps, ns), tl.where(nt < eps, eps, nt)
-        short = ss / a / a + nt / b * (nt / b) - 2 * ((ss - us) / c / a / b)
+        st, most = (ss - us) / c, ns * nt
+        st = tl.where(st > most, most, tl.where(st < -most, -most, st))
+        short = ss / a / a + nt / b * (nt / b) - 2 * (st / a / b)
         d = tl.where(dead, short, d)
         d = tl.where(d < 0, 0.0, d)
     else:

@@ -13,14 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import DTYPES, element_size, index_of, merge
-from .factors_tiles import (
-    CONV_WORDS,
-    DENSE_WORDS,
-    direct_kernel,
-    gram_kernel,
-    index_kernel,
-    thin_kernel,
-)
+from .factors_operands import CONV_WORDS, DENSE_WORDS
+from .factors_tiles import direct_kernel, gram_kernel, index_kernel, thin_kernel
 
 DENSE, INDICES, CONVOLUTION = 0, 1, 2  # as lwkd/ops/factors_reference.py tells items apart
 FORM = 15
@@ -40,7 +34,7 @@ class Job(NamedTuple):
 
 
 class _Matrices(NamedTuple):
-    """The factors of one parameter, a and d by turns: strides as in factors_tiles.py."""
+    """The factors of one parameter, a and d by turns: strides as in factors_operands.py."""
 
     tensors: Sequence[Tensor]
     words: Sequence[Sequence[int]]

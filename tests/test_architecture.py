@@ -206,8 +206,6 @@ LONGEST = 300
 LONGER = {
     "kernels/attention.py": (700, "the Triton kernels of one kind, forward and backward"),
     "kernels/common.py": (450, "what all Triton kernels share: tables, tiles, launches"),
-    "kernels/factors.py": (380, "how items are told to the kernels, c, the distances"),
-    "kernels/factors_tiles.py": (330, "one kernel for each way to contract an item"),
     "kernels/jacobian.py": (400, "the Triton kernels of rows, forward and backward"),
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
     "lwkd/layers.py": (600, "pairing: names, shapes, the table that is printed, capture"),

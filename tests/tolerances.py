@@ -267,3 +267,22 @@ def _row_slope(x: Tensor, y: Tensor, e: float, way: str) -> Tensor:
             torch.where(alive, 8 * e * ny / (nx + ny + (nx + ny == 0)).square() / a, 0.0) * x.abs()
         )
     return torch.where(alive, one, 0.0) * 6 * e * (2 * x.abs() / a.square() + 2 * y.abs() / (a * b))
+
+
+# --- factored rows -------------------------------------------------------------------------------
+
+# The contract, relative, whatever is left of a difference: float32 by what it is multiplied in.
+FACTORS = {torch.float64: 1e-11, torch.float32: 2e-6}
+# What all four factors have in half precision Triton multiplies in TF32 on a GPU: those themselves
+# are exact there, their differences are cut to 10 bits.
+TF32 = 2.0**-10
+
+
+def factors_in_tf32(products: Tensor, u: Tensor, ns: Tensor, nv: Tensor) -> Tensor:
+    """Bound on D [N] of ‖Σ|Δ||A|‖ of the stacked factors, ‖U‖, ‖G_S‖ and c‖G_T‖.
+
+    U is off by both factors of every product: ‖U‖², x² and ‖G_S‖·c‖G_T‖ by four times ‖U‖ times
+    that, or less, each.
+    """
+    off = 2 * TF32 * products
+    return 16 * (u * off + off.square()) / (ns * nv)

@@ -22,7 +22,8 @@ from tests.ops.battery import one_thread
 __all__ = ["one_thread"]  # a fixture
 NAMESPACES = ("lwkd", "lwkd_reference", "lwkd_triton")
 OPS = (
-    "attention", "attention_backward", "attention_maps", "jacobian_rows", "jacobian_rows_backward",
+    "attention", "attention_backward", "attention_maps", "jacobian_factors", "jacobian_rows",
+    "jacobian_rows_backward",
 )  # fmt: skip
 # A backend that PyTorch traces through without generating code, and in which a triton kernel of
 # the interpreter is one opaque call as any other.
@@ -120,10 +121,21 @@ def rows_backward_samples(namespace: str) -> list[tuple[Any, ...]]:
     return out
 
 
+def factor_samples() -> list[tuple[Any, ...]]:
+    a, d = (cases.draw((2, 4, k), torch.float32, k) for k in (3, 5))
+    x = cases.draw((2, 4, 6), torch.bfloat16, 1)
+    dense, conv = [0] * 15, [2, 2, 0, 1, 1, 3, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+    return [
+        ([a], [d], [2 * a], [d + 1], [0], dense * 2, [0], 1, True),
+        ([a, x], [d, x], [a, x.double()], [d, 2 * x], [0, 1], dense * 2 + conv * 2, [1, 0], 0,
+         False),
+        ([a[:0]], [d[:0]], [a[:0]], [d[:0]], [0], dense * 2, [0], 2, False),
+    ]  # fmt: skip
+
+
 def test_every_overload_is_checked() -> None:
     found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lwkd")}
-    both = {f"{n}::jacobian_factors" for n in NAMESPACES[:2]}  # there is no Triton kernel
-    assert found == both | {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
+    assert found == {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -140,6 +152,7 @@ def test_opcheck(namespace: str, op: str) -> None:
         "attention": attention_samples,
         "attention_backward": lambda: backward_samples(namespace),
         "attention_maps": map_samples,
+        "jacobian_factors": factor_samples,
         "jacobian_rows": rows_samples,
         "jacobian_rows_backward": lambda: rows_backward_samples(namespace),
     }[op]()
@@ -147,22 +160,6 @@ def test_opcheck(namespace: str, op: str) -> None:
         result = torch.library.opcheck(overload, args)
         assert set(result.values()) == {"SUCCESS"}
         assert len(result) == 4
-
-
-@pytest.mark.parametrize("namespace", NAMESPACES[:2])
-def test_opcheck_of_factors(namespace: str) -> None:
-    a, d = (cases.draw((2, 4, k), torch.float32, k) for k in (3, 5))
-    x = cases.draw((2, 4, 6), torch.bfloat16, 1)
-    dense, conv = [0] * 15, [2, 2, 0, 1, 1, 3, 1, 1, 1, 0, 0, 1, 1, 1, 1]
-    overload = getattr(torch.ops, namespace).jacobian_factors.default
-    for args in (
-        ([a], [d], [2 * a], [d + 1], [0], dense * 2, [0], 1, True),
-        ([a, x], [d, x], [a, x.double()], [d, 2 * x], [0, 1], dense * 2 + conv * 2, [1, 0], 0,
-         False),
-        ([a[:0]], [d[:0]], [a[:0]], [d[:0]], [0], dense * 2, [0], 2, False),
-    ):  # fmt: skip
-        result = torch.library.opcheck(overload, args)
-        assert set(result.values()) == {"SUCCESS"}
 
 
 # --- fake and meta tensors -----------------------------------------------------------------------
