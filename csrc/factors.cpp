@@ -164,7 +164,8 @@ double distance_of(const Sums& sums, How how, double c, double* mended) {
   const double ns = std::sqrt(ss), nv = std::sqrt(vv), nt = nv / c;
   if (ns < kEps || nt < kEps) {
     const double a = std::max(ns, kEps), b = std::max(nt, kEps);
-    const double st = (ss - us) / c, d = ss / a / a + vv / c / b / c / b - 2 * (st / a / b);
+    const double st = (ss - us) / c, tt = vv / (c * c);
+    const double d = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b));
     return d < 0 ? 0 : d;
   }
   const double x = (2 * us - uu) / (ns + nv);

@@ -66,7 +66,7 @@ double distance_of(const Sums& sums, How how) {
     return d < 0 ? 0 : d;
   }
   const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt;
-  const double d = ss / (a * a) + tt / (b * b) - 2 * (st / a / b);
+  const double d = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b));
   return d < 0 ? 0 : d;
 }
 

@@ -106,7 +106,8 @@ def distance_of(uu, us, ss, c, WAY: tl.constexpr):
         a, b = tl.where(ns < eps, eps, ns), tl.where(nt < eps, eps, nt)
         st, most = (ss - us) / c, ns * nt
         st = tl.where(st > most, most, tl.where(st < -most, -most, st))
-        short = ss / a / a + nt / b * (nt / b) - 2 * (st / a / b)
+        tt = vv / (c * c)
+        short = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b))
         d = tl.where(dead, short, d)
         d = tl.where(d < 0, 0.0, d)
     else:

@@ -115,7 +115,7 @@ def distance_of(ss, tt, st, WAY: tl.constexpr):
         else:
             eps = tl.full(ss.shape, _EPS, tl.float64)
             a, b = tl.where(ns < eps, eps, ns), tl.where(nt < eps, eps, nt)
-            short = ss / (a * a) + tt / (b * b) - 2 * (st / a / b)
+            short = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b))
             # √(x·x) is x: equal rows are at a distance of exactly 0.
             root = tl.sqrt(ss * tt)
             long = 2 - 2 * (st / tl.where(root == 0, 1.0, root))

@@ -29,11 +29,6 @@ std::vector<int64_t> row_size(const Tensor& x) {
   return size;
 }
 
-void check_cut(bool cut, const char* op) {
-  STD_TORCH_CHECK(cut, "lwkd.ops: ", op, ": expected rows of at most ", kDims,
-                  " dimensions with gaps between them, got more; pass contiguous() tensors");
-}
-
 std::tuple<Tensor, Tensor> jacobian_rows(std::vector<Tensor> student, std::vector<Tensor> teacher,
                                          int64_t how_number, bool mean) {
   const How how = check_rows(student, teacher, how_number);
@@ -46,12 +41,10 @@ std::tuple<Tensor, Tensor> jacobian_rows(std::vector<Tensor> student, std::vecto
   Launcher gpu(student[0]);
   Tensor sums = make(student[0], {length, samples, 3}, true);
   Tensor out = mean ? make(student[0], {length}, wide) : make(student[0], {length, samples}, wide);
-  if (samples == 0) gpu.clear(out.mutable_data_ptr(), out.numel() * (wide ? 8 : 4));
   const auto run = [&](auto* to) {
     using A = std::remove_pointer_t<decltype(to)>;
-    check_cut(rows_forward<A>(gpu, pairs, samples, how, mean,
-                              static_cast<double*>(sums.mutable_data_ptr()), to),
-              "jacobian_rows");
+    rows_forward<A>(gpu, pairs, samples, how, mean, static_cast<double*>(sums.mutable_data_ptr()),
+                    to);
   };
   void* data = out.mutable_data_ptr();
   wide ? run(static_cast<double*>(data)) : run(static_cast<float*>(data));
@@ -69,22 +62,20 @@ std::vector<Tensor> jacobian_rows_backward(Tensor grad, std::vector<Tensor> xs,
   std::vector<RowGradient> jobs;
   for (size_t i = 0; i < xs.size(); ++i) {
     out.push_back(fresh_like(xs[i]));
-    const char* g = static_cast<const char*>(grad.const_data_ptr());
-    RowGradient job;
-    job.x = row_tensor(xs[i]), job.dx = row_tensor(out[i]), job.size = row_size(xs[i]);
-    job.y = {};
+    RowGradient job{};
+    job.x = row_tensor(xs[i]);
+    job.dx = row_tensor(out[i]);
     if (how != lwkd::kNorms) job.y = row_tensor(others[i]);
+    job.size = row_size(xs[i]);
     job.sums = static_cast<const double*>(sums.const_data_ptr()) + layers[i] * samples * 3;
-    job.grad = g + layers[i] * grad.stride(0) * (wide_grad ? 8 : 4);
+    job.grad = static_cast<const char*>(grad.const_data_ptr()) +
+               layers[i] * grad.stride(0) * element_size(grad.scalar_type());
     job.grad_stride = mean ? 0 : grad.stride(1);
     job.side = static_cast<int32_t>(sides[i]);
     jobs.push_back(job);
   }
   Launcher gpu(xs[0]);
-  const bool cut = any_double(xs) || any_double(others)
-                       ? rows_backward<double>(gpu, jobs, samples, how, mean, wide_grad)
-                       : rows_backward<float>(gpu, jobs, samples, how, mean, wide_grad);
-  check_cut(cut, "jacobian_rows_backward");
+  rows_backward(gpu, jobs, samples, how, mean, wide_grad);
   return out;
 }
 

@@ -1,211 +1,196 @@
 // Kernels of Jacobian rows; lwkd/ops/jacobian.py states the formulas.
 //
-//   forward    sums_kernel     Σs², Σt², Σst (or Σ(s − t)²) of a piece of a row, each read once
-//              finish_kernel   the pieces of every row added up, its distance, their mean
-//   backward   mix_kernel      dx = own·x + other·y, one pass over both rows and dx
+//   forward    sums_kernel       Σs², Σt², Σst (or Σ(s − t)²) of a piece of a row, each read once
+//              distance_kernel   the pieces of every row added up, and its distance
+//              mean_kernel       over the batch, where the mean is wanted
+//   backward   mix_kernel        dx = own·x + other·y, one pass over both rows and dx
 //
-// Sums are float64, where products of float32 are exact. On a GPU with half as many float64 as
-// float32 units that takes no longer than reading: of bfloat16 rows at 4 TB/s, 10¹² pairs a second
-// want 3 fused products and 2 conversions each, an H200 does 17·10¹² and 3.6·10¹².
+// Everything is float64, where products of float32 are exact. On a GPU with half as many float64 as
+// float32 units that takes no longer than reading does. At 4.3 TB/s 1.1·10¹² pairs of bfloat16 come
+// in a second: forward they want 2 conversions and 3 fused products each, 2.2 and 3.2·10¹², where
+// an H200 does 3.7 (16 a clock and multiprocessor) and 15·10¹²; backward, six bytes an element,
+// 3 conversions, 2.2·10¹². An A100 (2 TB/s; 2.4 and 4.9·10¹²) has the same to spare.
 //
-// All layers of a call share a launch; no sum's order depends on anything but shapes.
+// All layers of a call share a launch; no sum's order depends on anything but shapes, strides and
+// alignment.
 #pragma once
 
+#include "jacobian_rows.cuh"
 #include "table.cuh"
 
 namespace lwkd::cuda {
 
-constexpr int64_t kPiece = 16384;    // elements of a piece
-constexpr int64_t kShortRow = 1024;  // rows up to here have a warp, others a block
-constexpr int kDims = 6;             // of a row, merged where nothing lies between
+constexpr double kEps = 1e-12;  // what a shorter norm is replaced by
 
 enum Way : int32_t { kDifference, kNormalized, kNorms };
 
-// Tensors of one shape [N, ...] walked together, in the order that the first one's memory has.
-struct Rows {
-  void* data[3];
-  int64_t stride_n[3];
-  int64_t stride[3][kDims];  // innermost first
-  int64_t size[kDims];
-  int32_t dtype[3];
-  int32_t dims;
-  bool dense, packed;  // one run of stride 1; and 16 bytes at a time, all of one type
-  int64_t n, length, pieces;
-};
+// Sums of a row: of kNormalized all three, else the first.
+template <int WAY>
+constexpr int kTerms = WAY == kNormalized ? 3 : 1;
 
 struct SumItem {
   int64_t first;
   Rows rows;
-  double* out;  // [N, pieces, 3]
+  double* out;    // [N, parts, terms], at this item's first part
+  int64_t parts;  // of a row: its pieces, and those of other items of the same rows
 };
 
-struct FinishItem {
+struct DistanceItem {
   int64_t first;
-  const double *s, *t;  // the pieces' sums: of kNorms of each network, else both the same
-  int64_t s_pieces, t_pieces;
-  double* sums;  // [N, 3]
-  void* out;     // [N], or one number
+  const double* partial[2];  // of kNorms those of either network, else the first
+  int64_t parts[2];
+  double* sums;   // [N, 3]
+  void* out;      // [N]
+  int32_t lanes;  // threads of a row
 };
 
 struct MixItem {
   int64_t first;
-  Rows rows;  // x, dx, y
+  Rows rows;  // x, dx and, where it counts, y
   const double* sums;
   const void* grad;
-  int64_t grad_stride;
+  int64_t grad_stride;  // from sample to sample
   int32_t side;
 };
 
-// --- elements ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int64_t place(const Rows& r, int k, int64_t q) {
-  if (r.dense) return q;
-  int64_t at = 0;
-#pragma unroll 1
-  for (int d = 0; d + 1 < r.dims; ++d) {
-    const int64_t left = divide(q, r.size[d]);
-    at += (q - left * r.size[d]) * r.stride[k][d];
-    q = left;
-  }
-  return at + q * r.stride[k][r.dims - 1];
-}
-
-template <typename A>
-__device__ __forceinline__ double read(const Rows& r, int k, int64_t n, int64_t q) {
-  double x = 0;
-  with_dtype<A>(r.dtype[k], [&](auto tag) {
-    using T = decltype(tag);
-    x = widen(load(static_cast<const T*>(r.data[k]) + n * r.stride_n[k] + place(r, k, q)));
-  });
-  return x;
-}
-
-// A team's share of a row: one piece of it.
-struct Share {
-  int64_t n, begin, end;
-  int lane, team;
-};
-
-__device__ __forceinline__ Share share_of(const Rows& r, int64_t block) {
-  const int team = r.length <= kShortRow ? 32 : kThreads;
-  const int64_t group = divide(block, r.pieces), piece = block - group * r.pieces;
-  const int64_t n = group * (kThreads / team) + threadIdx.x / team;
-  const int64_t begin = piece * kPiece;
-  return {n, begin, n < r.n ? smaller(begin + kPiece, r.length) : begin,
-          static_cast<int>(threadIdx.x % team), team};
-}
-
 // --- forward -------------------------------------------------------------------------------------
 
+// Fused by hand, so that equal rows have three equal sums.
 template <int WAY>
-__device__ __forceinline__ void add(double (&sums)[3], double s, double t) {
+__device__ __forceinline__ void add(double (&sum)[kTerms<WAY>], double s, double t) {
   if constexpr (WAY == kDifference) {
-    sums[0] += (s - t) * (s - t);
+    const double d = s - t;
+    sum[0] = fma(d, d, sum[0]);
   } else {
-    sums[0] += s * s;
-    if constexpr (WAY == kNormalized) sums[1] += t * t, sums[2] += s * t;
+    sum[0] = fma(s, s, sum[0]);
+    if constexpr (WAY == kNormalized) sum[1] = fma(t, t, sum[1]), sum[2] = fma(s, t, sum[2]);
   }
 }
 
-template <typename T, int V, int WAY>
-__device__ __forceinline__ void packed_sums(const Rows& r, const Share& share, double (&sums)[3]) {
-  const T* s = static_cast<const T*>(r.data[0]) + share.n * r.stride_n[0];
-  const T* t = static_cast<const T*>(r.data[1]) + share.n * r.stride_n[1];
-  constexpr int kAtOnce = 4;  // packs in flight
-  const int64_t step = int64_t{share.team} * V;
-#pragma unroll 1
-  for (int64_t q = share.begin + share.lane * V; q < share.end; q += kAtOnce * step) {
-    Pack<T, V> p[kAtOnce], o[kAtOnce];
+template <int WAY, typename S, typename T>
+__device__ __forceinline__ void dense_sums(const S* s, const T* t, const Share& share, bool packs,
+                                           double (&sum)[kTerms<WAY>]) {
+  constexpr int V = kTogether<S, T>;
+  using Own = Chunk<S, V>;
+  using Other = Chunk<T, V>;
+  constexpr int U = kInFlight<Own::kWords + (WAY == kNorms ? 0 : Other::kWords)>;
+  walk<V, U>(
+      share, packs ? head_of(s, t, share.count) : share.count,
+      [&](int64_t q, int64_t step, int64_t end) {
+        Own own[U];
+        Other other[U];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      if (q + i * step < share.end) {
-        p[i] = load_pack<T, V>(s + q + i * step);
-        if constexpr (WAY != kNorms) o[i] = load_pack<T, V>(t + q + i * step);
-      }
+        for (int u = 0; u < U; ++u) {
+          if (q + u * step < end) {
+            own[u].read(s + q + u * step);
+            if constexpr (WAY != kNorms) other[u].read(t + q + u * step);
+          }
+        }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      if (q + i * step < share.end) {
-        Wide<T> a[V], b[V] = {};
-        unpack<T, V>(p[i], a);
-        if constexpr (WAY != kNorms) unpack<T, V>(o[i], b);
+        for (int u = 0; u < U; ++u) {
+          if (q + u * step < end) {
+            double a[V], b[V] = {};
+            own[u].get(a);
+            if constexpr (WAY != kNorms) other[u].get(b);
 #pragma unroll
-        for (int j = 0; j < V; ++j) add<WAY>(sums, a[j], b[j]);
-      }
-  }
+            for (int j = 0; j < V; ++j) add<WAY>(sum, a[j], b[j]);
+          }
+        }
+      },
+      [&](int64_t q) {
+        add<WAY>(sum, widen(load(s + q)), WAY == kNorms ? 0.0 : double(widen(load(t + q))));
+      });
 }
 
-template <typename A, int WAY, int K>
-__global__ void __launch_bounds__(kThreads)
+template <int WAY, int K>
+__global__ void __launch_bounds__(kThreads, 3)
     sums_kernel(const __grid_constant__ Table<SumItem, K> table) {
   const SumItem& item = table.item[find(table, blockIdx.x)];
   const Rows& r = item.rows;
-  const int64_t block = blockIdx.x - item.first;
-  const Share share = share_of(r, block);
-  double sums[3] = {0, 0, 0};
-  if (r.packed) {
-    with_dtype<A>(r.dtype[0], [&](auto tag) {
-      using T = decltype(tag);
-      packed_sums<T, 16 / sizeof(T), WAY>(r, share, sums);
-    });
-  } else {
+  const Share share = share_of(r, blockIdx.x - item.first);
+  double sum[kTerms<WAY>] = {};
+  const bool done =
+      r.dense && with_types<WAY != kNorms>(r.dtype[0], r.dtype[1], [&](auto s, auto t) {
+        using S = decltype(s);
+        using T = decltype(t);
+        const S* own = begin_of<S>(r, 0, share);
+        if constexpr (WAY == kNorms)
+          dense_sums<WAY>(own, own, share, r.packs, sum);
+        else
+          dense_sums<WAY>(own, static_cast<const T*>(begin_of<T>(r, 1, share)), share, r.packs,
+                          sum);
+      });
+  if (!done) {
 #pragma unroll 1
-    for (int64_t q = share.begin + share.lane; q < share.end; q += share.team)
-      add<WAY>(sums, read<A>(r, 0, share.n, q), WAY == kNorms ? 0.0 : read<A>(r, 1, share.n, q));
+    for (int64_t q = share.lane; q < share.count; q += share.team) {
+      const Places p = places(r, share.n, share.begin + q);
+      add<WAY>(sum, read(r, 0, p), WAY == kNorms ? 0.0 : read(r, 1, p));
+    }
   }
-  team_sum(sums, share.team, shared_memory<double>());
-  if (share.lane == 0 && share.n < r.n) {
-    double* out = item.out + (share.n * r.pieces + share.begin / kPiece) * 3;
-    for (int k = 0; k < 3; ++k) out[k] = sums[k];
-  }
+  team_sum(sum, share.team, shared_memory<double>());
+  if (share.lane != 0 || share.n >= r.n) return;
+  double* out = item.out + (share.n * item.parts + share.piece) * kTerms<WAY>;
+#pragma unroll
+  for (int k = 0; k < kTerms<WAY>; ++k) out[k] = sum[k];
 }
 
-constexpr double kEps = 1e-12;
-
-__device__ __forceinline__ double distance_of(const double (&sums)[3], int32_t way) {
-  if (way == kDifference) return sums[0];
-  const double ss = sums[0], tt = sums[1], st = sums[2];
+__device__ __forceinline__ double distance_of(const double (&sum)[3], int32_t way) {
+  if (way == kDifference) return sum[0];
+  const double ss = sum[0], tt = sum[1], st = sum[2];
   const double ns = sqrt(ss), nt = sqrt(tt);
   if (way == kNorms) {
     const double ratio = ns + nt == 0 ? 0 : (ns - nt) / (ns + nt);
     return ratio * ratio;
   }
-  double d;
+  double d;  // of equal rows exactly 0 either way: √(x·x) is x, and x + x − 2x is 0
   if (ns >= kEps && nt >= kEps) {
-    d = 2 - 2 * (st / sqrt(ss * tt));  // √(x·x) is x: of equal rows exactly 0
+    d = 2 - 2 * (st / sqrt(ss * tt));
   } else {
     const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt;
-    d = ss / (a * a) + tt / (b * b) - 2 * (st / a / b);
+    d = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b));
   }
   return d < 0 ? 0 : d;
 }
 
-// One block a layer.
 template <typename A, int K>
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ Table<FinishItem, K> table, int64_t samples, int32_t way,
-                  bool mean) {
-  const FinishItem& item = table.item[find(table, blockIdx.x)];
-  double total[1] = {0};
-#pragma unroll 1
-  for (int64_t n = threadIdx.x; n < samples; n += kThreads) {
-    double sums[3] = {0, 0, 0};
-#pragma unroll 1
-    for (int64_t i = 0; i < item.s_pieces; ++i) {
-      const double* from = item.s + (n * item.s_pieces + i) * 3;
-      sums[0] += from[0];
-      if (way == kNormalized) sums[1] += from[1], sums[2] += from[2];
+    distance_kernel(const __grid_constant__ Table<DistanceItem, K> table, int64_t samples,
+                    int32_t way) {
+  const DistanceItem& item = table.item[find(table, blockIdx.x)];
+  const int64_t n = (blockIdx.x - item.first) * (kThreads / item.lanes) + threadIdx.x / item.lanes;
+  const int lane = threadIdx.x % item.lanes, terms = way == kNormalized ? 3 : 1;
+  double sum[3] = {0, 0, 0};
+  if (n < samples) {
+    const double* own = item.partial[0] + n * item.parts[0] * terms;
+#pragma unroll 4
+    for (int64_t i = lane; i < item.parts[0]; i += item.lanes) {
+      sum[0] += own[i * terms];
+      if (way == kNormalized) sum[1] += own[i * terms + 1], sum[2] += own[i * terms + 2];
     }
-    if (way == kNorms)
-#pragma unroll 1
-      for (int64_t i = 0; i < item.t_pieces; ++i) sums[1] += item.t[(n * item.t_pieces + i) * 3];
-    for (int k = 0; k < 3; ++k) item.sums[n * 3 + k] = sums[k];
-    const double d = distance_of(sums, way);
-    total[0] += d;
-    if (!mean) static_cast<A*>(item.out)[n] = static_cast<A>(d);
+    if (way == kNorms) {
+      const double* other = item.partial[1] + n * item.parts[1];
+#pragma unroll 4
+      for (int64_t i = lane; i < item.parts[1]; i += item.lanes) sum[1] += other[i];
+    }
   }
-  if (!mean) return;
-  team_sum(total, kThreads, shared_memory<double>());
-  if (threadIdx.x == 0) *static_cast<A*>(item.out) = static_cast<A>(total[0] / double(samples));
+#pragma unroll
+  for (int k = 0; k < 3; ++k) sum[k] = lanes_sum(sum[k], item.lanes);
+  if (lane != 0 || n >= samples) return;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) item.sums[n * 3 + k] = sum[k];
+  static_cast<A*>(item.out)[n] = static_cast<A>(distance_of(sum, way));
+}
+
+// One block a layer.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    mean_kernel(const double* each, int64_t samples, A* out) {
+  each += blockIdx.x * samples;
+  double sum[1] = {0};
+#pragma unroll 4
+  for (int64_t n = threadIdx.x; n < samples; n += kThreads) sum[0] += each[n];
+  team_sum(sum, kThreads, shared_memory<double>());
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<A>(sum[0] / double(samples));
 }
 
 // --- backward ------------------------------------------------------------------------------------
@@ -229,59 +214,107 @@ __device__ __forceinline__ Slope slope_of(const double* sums, int32_t side, int3
   return {2 * (st / scale) / ss, -2 / scale};
 }
 
-template <typename T, int V, bool PAIR>
-__device__ __forceinline__ void packed_mix(const Rows& r, const Share& share, double own,
-                                           double other) {
-  const T* x = static_cast<const T*>(r.data[0]) + share.n * r.stride_n[0];
-  T* dx = static_cast<T*>(r.data[1]) + share.n * r.stride_n[1];
-  const T* y = static_cast<const T*>(r.data[2]) + share.n * r.stride_n[2];
-  const bool none = own == 0 && other == 0;  // whatever the rows hold
-#pragma unroll 2
-  for (int64_t q = share.begin + share.lane * V; q < share.end; q += int64_t{share.team} * V) {
-    Wide<T> a[V], b[V] = {}, d[V];
-    unpack<T, V>(load_pack<T, V>(x + q), a);
-    if constexpr (PAIR) unpack<T, V>(load_pack<T, V>(y + q), b);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      double sum = own * a[j];
-      if constexpr (PAIR) sum += other * b[j];
-      d[j] = none ? Wide<T>(0) : static_cast<Wide<T>>(sum);
-    }
-    store_pack<T, V>(dx + q, pack_up<T, V>(d));
+// Times the incoming gradient. Roots and divisions of float64 are long: one warp does them for all.
+__device__ __forceinline__ Slope team_slope(const MixItem& item, const Share& share, int32_t way,
+                                            bool wide, double samples) {
+  double* shared = shared_memory<double>();
+  Slope slope{};
+  if (share.n < item.rows.n && threadIdx.x % share.team < 32) {
+    const int64_t at = share.n * item.grad_stride;
+    const double g = (wide ? static_cast<const double*>(item.grad)[at]
+                           : static_cast<const float*>(item.grad)[at]) /
+                     samples;
+    slope = slope_of(item.sums + share.n * 3, item.side, way);
+    slope = {g * slope.own, g * slope.other};
   }
+  if (share.team == 32) return slope;
+  if (threadIdx.x == 0) shared[0] = slope.own, shared[1] = slope.other;
+  __syncthreads();
+  return {shared[0], shared[1]};
 }
 
-// `scale`: 1/N where the gradient is that of the mean. PAIR: the other row counts.
-template <typename A, bool PAIR, int K>
-__global__ void __launch_bounds__(kThreads)
+// Products are rounded on their own: fused into their sum, the gradient of equal rows would be what
+// one rounding leaves. `none`: 0 whatever the rows hold.
+template <bool PAIR>
+struct Mix {
+  double own, other;
+  bool none;
+
+  __device__ __forceinline__ double operator()(double x, double y) const {
+    double d = __dmul_rn(own, x);
+    if constexpr (PAIR) d += __dmul_rn(other, y);
+    return none ? 0.0 : d;
+  }
+};
+
+template <bool PAIR, typename X, typename Y>
+__device__ __forceinline__ void dense_mix(const X* x, const Y* y, X* dx, const Share& share,
+                                          const Mix<PAIR>& mix) {
+  constexpr int V = kTogether<X, Y>;
+  using Own = Chunk<X, V>;
+  using Other = Chunk<Y, V>;
+  constexpr int U = kInFlight<Own::kWords + (PAIR ? Other::kWords : 0)>;
+  const int64_t head = head_of(x, y, share.count);
+  walk<V, U>(
+      share, on_word(dx + head) ? head : share.count,
+      [&](int64_t q, int64_t step, int64_t end) {
+        Own own[U];
+        Other other[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if (q + u * step < end) {
+            own[u].read(x + q + u * step);
+            if constexpr (PAIR) other[u].read(y + q + u * step);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if (q + u * step < end) {
+            double a[V], b[V] = {};
+            own[u].get(a);
+            if constexpr (PAIR) other[u].get(b);
+#pragma unroll
+            for (int j = 0; j < V; ++j) a[j] = mix(a[j], b[j]);
+            own[u].set(a);
+            own[u].write(dx + q + u * step);
+          }
+        }
+      },
+      [&](int64_t q) {
+        const double other = PAIR ? double(widen(load(y + q))) : 0.0;
+        narrow(static_cast<Wide<X>>(mix(widen(load(x + q)), other)), dx[q]);
+      });
+}
+
+// `samples`: N where the gradient is that of the mean, else 1. PAIR: the other row counts.
+template <bool PAIR, int K>
+__global__ void __launch_bounds__(kThreads, 3)
     mix_kernel(const __grid_constant__ Table<MixItem, K> table, int32_t way, bool wide_grad,
-               double scale) {
+               double samples) {
   const MixItem& item = table.item[find(table, blockIdx.x)];
   const Rows& r = item.rows;
   const Share share = share_of(r, blockIdx.x - item.first);
-  if (share.n >= r.n) return;
-  const int64_t at = share.n * item.grad_stride;
-  const double g = scale * (wide_grad ? static_cast<const double*>(item.grad)[at]
-                                      : static_cast<const float*>(item.grad)[at]);
-  const Slope slope = slope_of(item.sums + share.n * 3, item.side, way);
-  const double own = g * slope.own, other = g * slope.other;
-  if (r.packed) {
-    with_dtype<A>(r.dtype[0], [&](auto tag) {
-      using T = decltype(tag);
-      packed_mix<T, 16 / sizeof(T), PAIR>(r, share, own, other);
-    });
-    return;
-  }
-  const bool none = own == 0 && other == 0;
+  const Slope slope = team_slope(item, share, way, wide_grad, samples);
+  const Mix<PAIR> mix{slope.own, slope.other, slope.own == 0 && slope.other == 0};
+  const bool done =
+      r.dense && with_types<PAIR>(r.dtype[0], r.dtype[2], [&](auto x, auto y) {
+        using X = decltype(x);
+        using Y = decltype(y);
+        const X* own = begin_of<X>(r, 0, share);
+        X* dx = begin_of<X>(r, 1, share);
+        if constexpr (PAIR)
+          dense_mix(own, static_cast<const Y*>(begin_of<Y>(r, 2, share)), dx, share, mix);
+        else
+          dense_mix(own, own, dx, share, mix);
+      });
+  if (done) return;
 #pragma unroll 1
-  for (int64_t q = share.begin + share.lane; q < share.end; q += share.team) {
-    double d = own * read<A>(r, 0, share.n, q);
-    if constexpr (PAIR) d += other * read<A>(r, 2, share.n, q);
-    if (none) d = 0;
-    with_dtype<A>(r.dtype[1], [&](auto tag) {
+  for (int64_t q = share.lane; q < share.count; q += share.team) {
+    const Places p = places(r, share.n, share.begin + q);
+    const double d = mix(read(r, 0, p), PAIR ? read(r, 2, p) : 0.0);
+    with_dtype<double>(r.dtype[1], [&](auto tag) {
       using T = decltype(tag);
-      T* to = static_cast<T*>(r.data[1]) + share.n * r.stride_n[1] + place(r, 1, q);
-      narrow(static_cast<Wide<T>>(d), *to);
+      narrow(static_cast<Wide<T>>(d), static_cast<T*>(r.data[1])[p.at[1]]);
     });
   }
 }

@@ -94,7 +94,7 @@ def _layer(pairs: Sequence[_Pair], how: int, dtype: torch.dtype, n: int) -> Tens
         x = (2 * us - uu) / (ns + c * nt)  # G_S + cG_T is 2G_S − U
         near = (uu - x.square()) / (ns * (c * nt))
     a, b = ns.clamp(min=EPS), nt.clamp(min=EPS)
-    short = ss / a.square() + tt / b.square() - (ss + tt - uu) / a / b
+    short = ss / a.square() + tt / b.square() - (ss + tt - uu) / (a * b)
     return torch.where(dead, short, near).clamp(min=0)
 
 

@@ -55,7 +55,7 @@ def distance(sums: Tensor, how: int) -> Tensor:
         ratio: Tensor = torch.where(whole == 0, torch.zeros_like(whole), (ns - nt) / whole)
         return ratio * ratio
     a, b = ns.clamp_min(EPS), nt.clamp_min(EPS)
-    short = ss / a.square() + tt / b.square() - 2 * (st / a / b)
+    short = ss / a.square() + tt / b.square() - 2 * (st / (a * b))
     # √(x·x) is x: equal rows are at a distance of exactly 0.
     d: Tensor = torch.where((ns >= EPS) & (nt >= EPS), 2 - 2 * (st / (ss * tt).sqrt()), short)
     return d.clamp(min=0)

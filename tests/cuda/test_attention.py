@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tests.cuda.attention_cases import (
     check,
     draw,
 )
+from tests.cuda.compiler import compiles_and_links
 from tests.cuda.emulation import DTYPES, ROOT, Emulated, Library, Program, compile_driver
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -480,42 +480,9 @@ def test_launches_and_atomics_are_where_they_belong() -> None:
     assert not re.findall(r"blockIdx\.[yz]|gridDim\.[yz]", every)
 
 
-def _cuda_libraries() -> list[str]:
-    """Where nvcc itself looks for libraries."""
-    dry = subprocess.run(
-        ["nvcc", "--dryrun", "-x", "cu", "/dev/null", "-o", "x"], capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    line = next(x for x in dry.stderr.splitlines() if "LIBRARIES=" in x)
-    return [x.strip('"') for x in line.split("LIBRARIES=")[1].split()]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_nvcc(tmp_path: Path, arch: str) -> None:
     """Fault 27: compiles, and the streaming kernels keep everything in registers."""
-    from torch.utils import cpp_extension
-
-    command = ["nvcc", "-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += ["-DUSE_CUDA", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-c"]
-    command += [f"-I{ROOT / 'csrc'}", *(f"-I{p}" for p in cpp_extension.include_paths())]
-    command += ["-Xcompiler=-fPIC", str(ROOT / "csrc/cuda/attention.cu")]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "attention.o")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "warning" not in done.stderr, done.stderr
-    report = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores",
-        done.stderr, re.DOTALL,
-    )  # fmt: skip
-    assert len(report) >= 24
-    spilling = {
-        name: (stack, spill) for name, stack, spill in report if (stack, spill) != ("0", "0")
-    }
-    assert not spilling
-    shared = ["g++", "-shared", str(tmp_path / "attention.o"), "-o", str(tmp_path / "_C_cuda.so")]
-    shared += [*_cuda_libraries(), "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    linked = subprocess.run(shared, capture_output=True, text=True, check=False)
-    assert linked.returncode == 0, linked.stderr
+    compiles_and_links("attention", arch, tmp_path, kernels=24)

@@ -384,3 +384,14 @@ def test_inputs_are_left_alone(target: Target) -> None:
     before = [x.clone() for x in student + teacher]
     target.distance(leaves(student), leaves(teacher), kind="jacobian").sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, student + teacher, strict=True))
+
+
+@each_target
+def test_equal_rows_that_are_nothing(target: Target) -> None:
+    """Below eps as well: exactly 0."""
+    for dtype in (F64, F32):
+        x = 1e-14 * cases.draw((50, 7), dtype, 3)
+        for way in ({"normalize": True}, {"normalize": False}, {"compare": "norms"}):
+            d = target.distance([x.to(target.device)], [x.clone().to(target.device)],
+                                kind="jacobian", reduction="none", **way)  # fmt: skip
+            assert d.eq(0).all(), (dtype, way)

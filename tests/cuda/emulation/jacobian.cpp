@@ -1,7 +1,6 @@
 // Runs the CUDA kernels of Jacobian rows on the tensors' own memory, through the emulator.
-#include "jacobian_plan.cuh"
-
 #include "host.h"
+#include "jacobian_plan.cuh"
 
 namespace {
 
@@ -30,7 +29,7 @@ class Reader {
 };
 
 template <typename A>
-bool run(HostLauncher& gpu, const int64_t* head, Reader& r) {
+void run(HostLauncher& gpu, const int64_t* head, Reader& r) {
   const int64_t count = head[2], samples = head[3];
   const int32_t way = static_cast<int32_t>(head[4]);
   const bool mean = head[5] != 0;
@@ -53,16 +52,16 @@ bool run(HostLauncher& gpu, const int64_t* head, Reader& r) {
     job.grad_stride = r.next();
     job.side = static_cast<int32_t>(r.next());
   }
-  return rows_backward<A>(gpu, jobs, samples, way, mean, head[6] != 0);
+  rows_backward(gpu, jobs, samples, way, mean, head[6] != 0);
 }
 
 }  // namespace
 
 // head: op (0 forward, 1 backward), computes in double, tensors, samples, way, mean, grad in
-// double, seed. Returns whether the tensors could be cut.
-extern "C" __attribute__((visibility("default"))) int emulate_rows(const int64_t* head,
-                                                                   const int64_t* ints) {
+// double, seed.
+extern "C" __attribute__((visibility("default"))) void emulate_rows(const int64_t* head,
+                                                                    const int64_t* ints) {
   HostLauncher gpu(static_cast<unsigned>(head[7]));
   Reader reader(ints);
-  return head[1] != 0 ? run<double>(gpu, head, reader) : run<float>(gpu, head, reader);
+  head[1] != 0 ? run<double>(gpu, head, reader) : run<float>(gpu, head, reader);
 }
