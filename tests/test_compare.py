@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare
+from bench import accuracy, compare
 from bench.cases import CPU_CASES, STEP_CASE
 from bench.transfer import jacobian, policies, rows
 from lwkd.cli import digits
@@ -156,6 +156,16 @@ def test_the_tables_of_studies_are_those_of_the_recorded_rows(study: ModuleType)
     found = rows.read(ROOT / f"bench/transfer/results/{name}.jsonl")
     assert {r["arm"] for r in found} == set(study.ARMS)
     assert study.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_digits_is_that_of_the_recorded_rows() -> None:
+    """And ours are within the contract of every difference and scale."""
+    found = rows.read(ROOT / "bench/results/accuracy/jacobian.jsonl")
+    assert accuracy.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+    limit = {"rows": (1e-5, 1e-5, 1e-4, 1e-2), "factors": (2e-6,) * 4}
+    for row in (r for r in found if r["arm"] == "lwkd"):
+        kind = row["distance"].split(",")[0]
+        assert row["error"] <= limit[kind][accuracy.APART.index(row["apart"])], row
 
 
 def test_the_jacobian_study_trains() -> None:
