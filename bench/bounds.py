@@ -1,0 +1,84 @@
+"""What bounds the two Jacobian rows that miss their goal, on this CPU: rows f+b, and the small ViT.
+
+python -m bench.bounds > bench/results/jacobian-bounds.txt
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.cases import METER_CASES, ROWS_CASES
+from bench.test_jacobian import _network, _passes, _per_sample
+from lwkd import JacobianMeter, pair_layers
+from lwkd.ops import layer_discrepancy
+
+
+def milliseconds(run: Callable[[], object], rounds: int) -> float:
+    """The median, after one call that is not timed."""
+    times = []
+    run()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def show(indent: int, what: str, value: float) -> None:
+    print(f"{'  ' * indent}{what:<{76 - 2 * indent}}{value:8.2f} ms")
+
+
+def rows() -> None:
+    """A backward must read both rows and write a fresh one; the floor reads one, writes a kept."""
+    case = next(c for c in ROWS_CASES if c.name == "rows")
+    (s,), (t,) = case.draw(0)
+    s.requires_grad_()
+    kept = torch.empty_like(s)
+    op = partial(layer_discrepancy, [s], [t], kind="jacobian")
+    plain, other = s.detach(), t
+    print(f"{case.title}, {torch.get_num_threads()} thread(s)")
+    with torch.no_grad():
+        show(1, "forward: both read", milliseconds(op, 31))
+    show(1, "forward and backward", milliseconds(lambda: torch.autograd.grad(op().sum(), s), 31))
+    show(2, "the floor's backward: one read, a kept one written",
+         milliseconds(lambda: torch.mul(plain, 2.0, out=kept), 31))  # fmt: skip
+    show(2, "a backward's traffic: both read, a kept one written",
+         milliseconds(lambda: torch.add(plain, other, out=kept), 31))  # fmt: skip
+    show(2, "the same, a fresh one written", milliseconds(lambda: torch.add(plain, other), 31))
+
+
+def meter() -> None:
+    """Both networks' passes are needed by any method."""
+    case = next(c for c in METER_CASES if c.name == "meter-vit")
+    torch.manual_seed(0)
+    nets = [_network(case.network) for _ in "st"]
+    names = [n for n, m in nets[0].named_modules() if list(m.parameters(recurse=False))]
+    x = torch.randn(case.samples, 3, 32, 32)
+    measure = JacobianMeter(pair_layers(*nets, names))
+    compare, spent = measure._compare, [0.0]
+
+    def timed(*args: Any) -> torch.Tensor:
+        start = time.perf_counter()
+        out = compare(*args)
+        spent.append(time.perf_counter() - start)
+        return out
+
+    measure._compare = timed  # type: ignore[assignment]
+    print(f"{case.title}, {torch.get_num_threads()} thread(s)")
+    show(1, "torch.func, per-sample gradients of both", milliseconds(
+        partial(_per_sample, nets, names, x, 4), 5))  # fmt: skip
+    show(1, "measure", milliseconds(partial(measure.measure, x), 9))
+    show(2, "a forward and a backward of each network, by the activations: not to be spared",
+         milliseconds(partial(_passes, nets, x), 9))  # fmt: skip
+    show(2, f"the comparison of {len(names)} layers", 1e3 * statistics.median(spent[1:]))
+
+
+if __name__ == "__main__":
+    rows()
+    meter()
