@@ -2,9 +2,10 @@
 
 Of a module that was called with ``inputs`` and whose output has the gradient d, every parameter's
 gradient is, sample by sample, Σ_t d[t] a[t]ᵀ for some a: the input of a linear layer, the patches
-of a convolution, the normalised input of a norm, ones for a bias. Modules that are not in the table
-give their per-sample gradients themselves, by torch.func, as one row: right, and as large as their
-parameters times the batch.
+of a convolution, the normalised input of a norm, ones for a bias. The projections of multi-head
+attention, which no module of their own calls, are found from its inputs. Modules that are not known
+here give their per-sample gradients themselves, by torch.func, as one row: right, and as large as
+their parameters times the batch.
 """
 
 from __future__ import annotations
@@ -37,11 +38,22 @@ def supports(module: nn.Module) -> bool:
     >>> supports(nn.Conv2d(3, 8, 3)), supports(nn.Bilinear(2, 3, 4))
     (True, False)
     """
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_factors(module)
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if hasattr(module, "parametrizations") or not own <= {"weight", "bias"}:
         return False
     kind = _kind(module)
     return kind is not None and type(module).forward is kind.forward
+
+
+def whole(module: nn.Module) -> bool:
+    """Whether the module stands for everything inside it: its children are not called, or unknown.
+
+    >>> whole(nn.MultiheadAttention(4, 2)), whole(nn.Linear(4, 2))
+    (True, False)
+    """
+    return isinstance(module, nn.MultiheadAttention) or not supports(module)
 
 
 def _kind(module: nn.Module) -> Any:
@@ -64,9 +76,9 @@ def factor(
         op: Who asks, for errors.
         name: What the module is called, for errors.
         module: The module; it was called once with ``inputs``.
-        inputs: Its positional arguments, samples first.
-        gradient: The gradient of a scalar by its output, of the output's shape.
-        keywords: Its keyword arguments, none of them a tensor.
+        inputs: Its positional arguments, samples first (multi-head attention: as it has them).
+        gradient: The gradient of a scalar by its output, or the first of its outputs.
+        keywords: Its keyword arguments, of multi-head attention alone with tensors among them.
         wanted: Names of parameters; None means those that require a gradient.
 
     Returns:
@@ -85,6 +97,9 @@ def factor(
     refuse_coupled(op, name, module)
     if wanted is None:
         wanted = {n for n, p in parameters(module).items() if p.requires_grad}
+    if isinstance(module, nn.MultiheadAttention) and supports(module):
+        items = _attention(op, name, module, gradient.detach(), *inputs, **(keywords or {}))
+        return {n: item for n, item in items.items() if n in wanted}
     for key, value in (keywords or {}).items():
         if isinstance(value, Tensor):
             expected = "a call without tensors by keyword: whose dimension the batch is, is unknown"
@@ -101,8 +116,8 @@ def factor(
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that `factor` speaks of: the module's own, or all inside one that does not factor."""
-    return dict(module.named_parameters(recurse=not supports(module)))
+    """Those that `factor` speaks of: the module's own, or all inside one that stands for them."""
+    return dict(module.named_parameters(recurse=whole(module)))
 
 
 def refuse_coupled(op: str, name: str, module: nn.Module) -> None:
@@ -122,8 +137,8 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _bias(d: Tensor) -> Factors:
-    """Of what is added to d [N, T, K] at every t."""
-    return Factors(d.new_ones(1, 1, 1).expand(*d.shape[:2], 1), d)
+    """Of what is added to d [N, T, K], or [N, G, T, K], at every t."""
+    return Factors(d.new_ones(1).expand(*d.shape[:-1], 1), d)
 
 
 def _linear(module: nn.Linear, x: Tensor, d: Tensor) -> dict[str, Item]:
@@ -204,7 +219,105 @@ _TABLE: dict[Any, Callable[..., dict[str, Item]]] = {
     **dict.fromkeys(_Instance, _instance_norm),
 }
 
-# --- what is not in the table ------------------------------------------------------------------
+# --- multi-head attention ------------------------------------------------------------------------
+
+
+def _attention_factors(module: nn.MultiheadAttention) -> bool:
+    """Whether attention can be run again from its projections: nothing random, nothing appended."""
+    return (
+        type(module).forward is nn.MultiheadAttention.forward
+        and not any(hasattr(m, "parametrizations") for m in module.modules())
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and not (module.training and module.dropout)
+    )
+
+
+def _attention(
+    op: str,
+    name: str,
+    module: nn.MultiheadAttention,
+    d: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> dict[str, Item]:
+    """Of the projections of a call; they are computed once more, in the parameters' dtype.
+
+    The arguments are those of the module's forward. The attention weights that it may return count
+    for nothing.
+    """
+    if query.dim() != 3 or d.shape != (*query.shape[:2], module.embed_dim):
+        expected = f"a query of three dimensions and an output like it, {list(d.shape)}"
+        raise ValueError(message(op, "query", expected, list(query.shape), layer=name))
+    out, dtype = module.out_proj, module.out_proj.weight.dtype
+    weights: Sequence[Tensor]
+    if module.in_proj_weight is None:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    else:
+        weights = module.in_proj_weight.chunk(3)
+    shifts: Sequence[Tensor | None] = (None, None, None)
+    if module.in_proj_bias is not None:
+        shifts = module.in_proj_bias.detach().chunk(3)
+    *xs, d = (
+        (x.detach() if module.batch_first else x.detach().transpose(0, 1)).to(dtype)
+        for x in (query, key, value, d)
+    )
+    mask = _additive(attn_mask, key_padding_mask, module.num_heads, dtype)
+    with torch.enable_grad(), torch.autocast(d.device.type, enabled=False):
+        projected = [
+            F.linear(x, weight.detach(), shift).requires_grad_()
+            for x, weight, shift in zip(xs, weights, shifts, strict=True)
+        ]
+        q, k, v = (z.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for z in projected)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        ds = torch.autograd.grad(mixed, projected, d @ out.weight.detach())
+    packed = query.is_set_to(key) and query.is_set_to(value)
+    both = torch.cat(ds, 2) if packed else _groups(ds)
+    items: dict[str, Item]
+    if module.in_proj_weight is None:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        items = {n: Factors(x, dx) for n, x, dx in zip(names, xs, ds, strict=True)}
+    else:
+        items = {"in_proj_weight": Factors(xs[0] if packed else _groups(xs), both)}
+    if module.in_proj_bias is not None:
+        items["in_proj_bias"] = _bias(both)
+    items["out_proj.weight"] = Factors(mixed.detach(), d)
+    if out.bias is not None:
+        items["out_proj.bias"] = _bias(d)
+    return items
+
+
+def _groups(parts: Sequence[Tensor]) -> Tensor:
+    """[N, T, K] each, T its own, as [N, G, longest T, K], zeros behind."""
+    longest = max(x.shape[1] for x in parts)
+    return torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in parts], 1)
+
+
+def _additive(
+    attention: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Both masks of multi-head attention as one that is added, [N or 1, heads or 1, T or 1, S]."""
+    masks = []
+    if attention is not None:
+        masks.append(attention if attention.dim() == 2 else attention.unflatten(0, (-1, heads)))
+    if padding is not None:
+        masks.append(padding[:, None, None])
+    total: Tensor | None = None
+    for mask in masks:
+        added = mask.to(dtype)
+        if mask.dtype == torch.bool:
+            added = torch.zeros_like(added).masked_fill_(mask, -torch.inf)
+        total = added if total is None else total + added
+    return total
+
+
+# --- what is not known ---------------------------------------------------------------------------
 
 
 def _per_sample(
@@ -216,11 +329,15 @@ def _per_sample(
     gradient: Tensor,
     wanted: Collection[str],
 ) -> dict[str, Item]:
-    """Per-sample gradients by torch.func, each as one row: a of one 1, d the gradient."""
+    """Per-sample gradients by torch.func, each as one row: a of one 1, d the gradient.
+
+    Everything is computed in the parameters' dtype, also where the forward ran under autocast.
+    """
     params = {n: p.detach() for n, p in module.named_parameters() if n in wanted}
     fixed = {n: b.detach() for n, b in (*module.named_parameters(), *module.named_buffers())
              if n not in params}  # fmt: skip
     tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    dtype = next(iter(params.values())).dtype
 
     def scalar(p: dict[str, Tensor], d: Tensor, *xs: Tensor) -> Tensor:
         arguments = list(inputs)
@@ -231,16 +348,20 @@ def _per_sample(
         total: Tensor = (out * d[None]).sum()
         return total
 
-    xs = [inputs[i].detach() for i in tensors]
+    d, *xs = (
+        x.detach().to(dtype) if x.is_floating_point() else x.detach()
+        for x in (gradient, *(inputs[i] for i in tensors))
+    )
     dims = (None, 0, *[0] * len(xs))
     try:
-        grads = vmap(grad(scalar), in_dims=dims)(params, gradient.detach(), *xs)
+        with torch.autocast(d.device.type, enabled=False):
+            grads = vmap(grad(scalar), in_dims=dims)(params, d, *xs)
     except Exception as error:
         expected = "a module that torch.func can run sample by sample, or one that factors"
         got = f"{type(module).__name__}: {str(error).strip().splitlines()[0]}"
         raise RuntimeError(message(op, "module", expected, got, layer=name)) from error
-    ones = gradient.new_ones(len(gradient), 1, 1)
-    return {n: Factors(ones.to(g.dtype), g.flatten(1)[:, None]) for n, g in grads.items()}
+    ones = d.new_ones(len(d), 1, 1)
+    return {n: Factors(ones, g.flatten(1)[:, None]) for n, g in grads.items()}
 
 
 # --- a parameter that is used more than once -----------------------------------------------------

@@ -107,9 +107,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "spectral_norm, frozen": (
         lambda: parametrizations.spectral_norm(nn.Linear(4, 5)).eval(), (N, 4)
     ),
-    "a transformer's layer": (
-        lambda: nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True).train(), (N, 3, 4)
-    ),
 }  # fmt: skip
 
 
@@ -155,20 +152,98 @@ def test_modules_that_do_not(name: str) -> None:
     check(module, draw(*shape))
 
 
-def test_multi_head_attention() -> None:
-    """Its projections are used without their modules: the gradients are torch.func's."""
+# --- multi-head attention: its projections are used without their modules ------------------------
+
+_PADDED = torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]
+_CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+# name: (how it is made, tokens of query, key and value: the same where equal, how it is called)
+ATTENTION: dict[str, tuple[dict[str, Any], tuple[int, int, int], dict[str, Any]]] = {
+    "self": ({}, (5, 5, 5), {}),
+    "self, no weights asked for": ({}, (5, 5, 5), {"need_weights": False}),
+    "self, no bias": ({"bias": False}, (5, 5, 5), {}),
+    "padded": ({}, (5, 5, 5), {"key_padding_mask": _PADDED}),
+    "padded by numbers": ({}, (5, 5, 5), {"key_padding_mask": draw(N, 5, seed=7)}),
+    "causal": ({}, (5, 5, 5), {"attn_mask": _CAUSAL, "is_causal": True, "need_weights": False}),
+    "both masks": ({}, (5, 5, 5), {"attn_mask": _CAUSAL, "key_padding_mask": _PADDED}),
+    "a mask a head": ({}, (5, 5, 5), {"attn_mask": draw(2 * N, 5, 5, seed=8)}),
+    "cross": ({}, (5, 4, 4), {}),
+    "cross, as long": ({}, (5, -5, -5), {}),
+    "cross, no bias": ({"bias": False}, (3, 6, 6), {}),
+    "keys with positions": ({}, (5, 5, -5), {}),
+    "widths of their own": ({"kdim": 6, "vdim": 7}, (5, 4, 4), {}),
+    "dropout, evaluated": ({"dropout": 0.5}, (5, 5, 5), {}),
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_multi_head_attention(name: str, batch_first: bool) -> None:
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(8, 2, batch_first=True).double()
-    query, other = draw(N, 5, 8), draw(N, 4, 8, seed=2)
-    out = module(query, other, other)[0]
+    options, tokens, keywords = ATTENTION[name]
+    module = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options).double().eval()
+    assert factoring.supports(module)
+    widths = (8, module.kdim, module.vdim)
+    drawn = {(t, w): draw(N, abs(t), w, seed=t + w) for t, w in zip(tokens, widths, strict=True)}
+    sides = [drawn[key] for key in zip(tokens, widths, strict=True)]
+    if not batch_first:
+        drawn = {key: x.transpose(0, 1) for key, x in drawn.items()}
+        sides = [drawn[key] for key in zip(tokens, widths, strict=True)]
+    out = module(*sides, **keywords)[0]
     d = draw(*out.shape, seed=9)
-    items = factoring.factor("test", "attention", module, [query, other, other], d)
-    assert items.keys() == dict(module.named_parameters()).keys()
+    items = factoring.factor("test", "attention", module, sides, d, keywords=keywords)
+    assert list(items) == [n for n, _ in module.named_parameters()]
     for n in range(N):
-        part = module(query[n : n + 1], other[n : n + 1], other[n : n + 1])[0]
-        want = torch.autograd.grad((part * d[n]).sum(), list(module.parameters()))
+        one = torch.zeros_like(d)
+        if batch_first:
+            one[n] = d[n]
+        else:
+            one[:, n] = d[:, n]
+        out = module(*sides, **keywords)[0]
+        want = torch.autograd.grad(out, list(module.parameters()), one)
         for item, w in zip(items.values(), want, strict=True):
             torch.testing.assert_close(gradient(item)[n], w.flatten(), rtol=1e-9, atol=1e-12)
+
+
+def test_attention_called_by_keywords() -> None:
+    module = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x, d = draw(N, 5, 8), draw(N, 5, 8, seed=9)
+    given = {"query": x, "key": x, "value": x}
+    items = factoring.factor("test", "attention", module, [], d, keywords=given)
+    want = factoring.factor("test", "attention", module, [x, x, x], d)
+    for name, item in items.items():
+        assert torch.equal(gradient(item), gradient(want[name]))
+
+
+def test_attention_that_does_not_factor() -> None:
+    """What is appended to keys and values goes to torch.func; what is random, nowhere."""
+    torch.manual_seed(0)
+    x, d = draw(N, 5, 8), draw(N, 5, 8, seed=9)
+    module = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True).double()
+    assert not factoring.supports(module)
+    items = factoring.factor("test", "attention", module, [x, x, x], d)
+    assert items.keys() == dict(module.named_parameters()).keys()
+    random = nn.MultiheadAttention(8, 2, 0.5, batch_first=True).double()
+    with pytest.raises(RuntimeError, match=r"module \(layer 'attention'\): .*randomness"):
+        factoring.factor("test", "attention", random, [x, x, x], d)
+    with pytest.raises(ValueError, match=r"query \(layer 'attention'\): expected a query of three"):
+        factoring.factor("test", "attention", random.eval(), [x[0]] * 3, d[0])
+
+
+@pytest.mark.parametrize("make", [Own, lambda: nn.MultiheadAttention(5, 1, batch_first=True)])
+def test_under_autocast_the_parameters_dtype_counts(make: Callable[[], nn.Module]) -> None:
+    """The input and the gradient are those of the forward, in bfloat16."""
+    torch.manual_seed(0)
+    module = make()
+    x, d = draw(N, 4, 5).bfloat16(), draw(N, 4, 5, seed=9).bfloat16()
+    inputs = [x] if isinstance(module, Own) else [x, x, x]
+    items = factoring.factor("test", "layer", module, inputs, d)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = factoring.factor("test", "layer", module, inputs, d)
+    wide = factoring.factor("test", "layer", module, [z.float() for z in inputs], d.float())
+    for name, item in items.items():
+        assert item.d.dtype == torch.float32
+        assert torch.equal(gradient(item), gradient(wide[name]))
+        assert torch.equal(gradient(item), gradient(inside[name]))
 
 
 def test_frozen_parameters_are_left_out() -> None:
@@ -246,6 +321,24 @@ class Residual(nn.Module):
         x = self.norm(self.stem(x)).relu()
         x = x + self.conv(x).relu_()
         return self.head(self.down(x).flatten(2).mean(2))
+
+
+class Encoder(nn.Module):
+    """Of torch's own layers, the mask by keyword; the second of them has another layout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(2, width, 2, 2)
+        self.first = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True)
+        self.mix = nn.MultiheadAttention(width, 3, 0.0, kdim=width, vdim=width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).mT
+        x = self.first(x, src_mask=torch.ones(x.shape[1], x.shape[1], device=x.device).triu(1))
+        x = x.transpose(0, 1)
+        x = x + self.mix(x[:4], key=x, value=x, need_weights=False)[0].mean(0)
+        return self.head(x.mean(0))
 
 
 class Transformer(nn.Module):

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from lwkd.hooks import Capture, run, untouched
 from lwkd.layers import LayerPairs
+from lwkd.meters.blocks import SIDES, Blocks
 from lwkd.ops import attention_maps
 from lwkd.ops.attention import channel_dims, check_options, discrepancy, folds
-from lwkd.ops.backends import check_name
 from lwkd.ops.checks import message
 
 _OP = "AttentionMeter"
-_SIDES = ("student", "teacher")
 Fold = tuple[int, int, int]
 
 
-class AttentionMeter:
+class AttentionMeter(Blocks[Capture[Tensor]]):
     """Measures the attention distance of every layer pair, in a with-block around the forwards.
 
     Activations are reduced to maps m[n,q] = Σ_c |x[n,c,q]|^p the moment a layer has produced them:
@@ -87,13 +86,8 @@ class AttentionMeter:
         every: int = 1,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(pairs, LayerPairs):
-            raise TypeError(message(_OP, "pairs", "LayerPairs, from pair_layers", type(pairs)))
+        super().__init__(_OP, pairs, seed=seed, every=every, backend=backend)
         check_options(_OP, p, divergence, beta)
-        if type(every) is not int or every < 1:
-            raise ValueError(message(_OP, "every", "an int ≥ 1", repr(every)))
-        check_name(_OP, backend)
-        self.pairs, self.seed, self.every = pairs, seed, every
         self._p = p
         self._compare = partial(
             discrepancy, _OP, reduction="mean", backend=backend,
@@ -101,28 +95,6 @@ class AttentionMeter:
         )  # fmt: skip
         self._folds = folds(_OP, tokens)
         self._dims = channel_dims(_OP, channel_dim, len(pairs))
-        self._calls = 0
-        self._hooks: ExitStack | None = None
-        self._sides: tuple[Capture[Tensor], Capture[Tensor]] | None = None
-        self._ready = False
-
-    def __enter__(self) -> AttentionMeter:
-        if self._hooks is not None:
-            raise RuntimeError(message(_OP, "with-block", "one entry at a time", "a second"))
-        self.pairs.refuse_compiled(_OP)  # due or not: a meter fails in its first block or never
-        due = self._calls % self.every == 0
-        with ExitStack() as stack:
-            self._sides = self._captures(stack) if due else None
-            self._hooks = stack.pop_all()
-        self._ready = False
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        hooks, self._hooks = self._hooks, None
-        if hooks is not None:
-            hooks.__exit__(*exception)
-        self._ready = exception[0] is None
-        self._calls += self._ready
 
     def discrepancy(self, mask: Sequence[Tensor | None] | None = None) -> Tensor | None:
         """Return the distances of the last with-block.
@@ -142,10 +114,7 @@ class AttentionMeter:
                 not run, or not equally often in student and teacher.
             ValueError: Batch sizes that differ, maps of different dimensions, or a wrong mask.
         """
-        if not self._ready:
-            expected = "a call after a with-block that has ended without an exception"
-            got = "one inside the block" if self._hooks is not None else "no such block"
-            raise RuntimeError(message(f"{_OP}.discrepancy", "with-block", expected, got))
+        self._check_ended("a call after a with-block that has ended without an exception")
         return None if self._sides is None else self._distances(*self._sides, mask)
 
     def measure(
@@ -183,39 +152,18 @@ class AttentionMeter:
         >>> AttentionMeter(pair_layers(*nets, ["0"])).measure(torch.ones(2, 1, 8, 8)).shape
         torch.Size([1])
         """
-        if self._hooks is not None:
-            expected, got = "a call outside the block, which would record it", "one inside"
-            raise RuntimeError(message(f"{_OP}.measure", "with-block", expected, got))
+        self._check_outside()
         student, teacher = self.pairs.student, self.pairs.teacher
         with untouched(student, teacher), ExitStack() as stack:
-            sides = self._captures(stack)
-            for side, network in zip(_SIDES, (student, teacher), strict=True):
+            sides = self._watch(stack)
+            for side, network in zip(SIDES, (student, teacher), strict=True):
                 run(f"{_OP}.measure", network, inputs, side)
         return self._distances(*sides, mask)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return {"calls": the number of with-blocks so far}."""
-        return {"calls": self._calls}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue counting where ``state_dict`` left off.
-
-        Args:
-            state: From :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it holds anything but a count.
-        """
-        calls = state.get("calls") if isinstance(state, dict) and len(state) == 1 else None
-        if type(calls) is not int or calls < 0:
-            expected = '{"calls": int ≥ 0}'
-            raise ValueError(message(f"{_OP}.load_state_dict", "state", expected, repr(state)))
-        self._calls = calls
-
-    def _captures(self, stack: ExitStack) -> tuple[Capture[Tensor], Capture[Tensor]]:
+    def _watch(self, stack: ExitStack) -> tuple[Capture[Tensor], Capture[Tensor]]:
         student, teacher = (
             stack.enter_context(self.pairs.watch(_OP, name, partial(self._reduce, side)))
-            for side, name in enumerate(_SIDES)
+            for side, name in enumerate(SIDES)
         )
         return student, teacher
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,55 +13,17 @@ from torch.autograd.graph import get_gradient_edge
 
 from lwkd import factoring
 from lwkd.hooks import first_tensor
+from lwkd.meters.parameters import Owner
 from lwkd.ops.checks import message
 from lwkd.ops.factors import Item
-
-
-class Owner(NamedTuple):
-    """A module with parameters inside a layer, and which of them count."""
-
-    path: str  # within the layer, "" for the layer itself
-    name: str  # within the network, for errors
-    module: nn.Module
-    wanted: frozenset[str]
-
-
-def owners(
-    layer: str, module: nn.Module, counts: Callable[[str, nn.Parameter], bool]
-) -> list[Owner]:
-    """The modules of a layer that have parameters that count, in order.
-
-    A module that does not factor stands for everything inside it.
-
-    Args:
-        layer: The layer's name.
-        module: The layer.
-        counts: Whether a parameter counts, by its name within the layer.
-    """
-    found: list[Owner] = []
-
-    def visit(path: str, m: nn.Module) -> None:
-        own = dict(m.named_parameters(recurse=False))
-        inside = factoring.parameters(m) if own or hasattr(m, "parametrizations") else {}
-        start = f"{path}." if path else ""
-        wanted = frozenset(n for n, p in inside.items() if counts(start + n, p))
-        if wanted:
-            name = ".".join(part for part in (layer, path) if part)
-            found.append(Owner(path, name, m, wanted))
-        if not inside or factoring.supports(m):
-            for child, inner in m.named_children():
-                visit(start + child, inner)
-
-    visit("", module)
-    return found
 
 
 class Call(NamedTuple):
     """One call of one module."""
 
     inputs: tuple[Any, ...]
-    versions: tuple[int, ...]
     keywords: Mapping[str, Any]
+    versions: tuple[int, ...]  # of both, to see what was changed in place
     edge: Any  # where the gradient by the output can be asked for
     heard: list[Tensor]  # the gradient by the output, once a backward pass has come by
 
@@ -116,23 +78,28 @@ class Calls:
             # Not a leaf: what comes next may change it in place.
             out = out.detach().requires_grad_().clone()
             changed = out if isinstance(output, Tensor) else type(output)((out, *output[1:]))
-        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        versions = tuple(x._version if isinstance(x, Tensor) else 0 for x in kept)
+        kept = tuple(map(_detached, inputs))
+        named = {key: _detached(value) for key, value in keywords.items()}
         heard: list[Tensor] = []
         if self._listen:
             out.register_hook(partial(_hear, heard))
-        self._records[i].append(Call(kept, versions, keywords, get_gradient_edge(out), heard))
+        versions = _versions(kept, named)
+        self._records[i].append(Call(kept, named, versions, get_gradient_edge(out), heard))
         return changed
 
-    def items(self, scalar: Tensor | None = None) -> list[dict[str, Item]]:
+    def items(
+        self, scalar: Tensor | None = None, samples: int | None = None
+    ) -> list[dict[str, Item]]:
         """Run one backward pass from a scalar; return each module's items by parameter.
 
         Args:
             scalar: What to differentiate; None where the gradients were listened to.
+            samples: The batch size, where it is known.
 
         Raises:
             RuntimeError: A module that did not run, one whose output the scalar does not depend
                 on, or an input that was changed in place after the call.
+            ValueError: A module that has another number than ``samples`` first.
         """
         flat = [(owner, call) for owner, calls in self._each() for call in calls]
         grads: Sequence[Tensor | None]
@@ -142,7 +109,14 @@ class Calls:
             grads = torch.autograd.grad(scalar, [c.edge for _, c in flat], allow_unused=True)
         out: dict[int, list[dict[str, Item]]] = {}
         for (owner, call), g in zip(flat, grads, strict=True):
-            out.setdefault(id(owner), []).append(self._factor(owner, call, g))
+            items = self._factor(owner, call, g)
+            for item in items.values():
+                if samples is not None and len(item.d) != samples:
+                    expected = f"a layer that has the batch, {samples} samples, first"
+                    raise ValueError(
+                        message(self._op, self._side, expected, len(item.d), layer=owner.name)
+                    )
+            out.setdefault(id(owner), []).append(items)
         self._records = [[] for _ in self._modules]
         return [
             {n: factoring.add([items[n] for items in out[id(owner)]]) for n in out[id(owner)][0]}
@@ -162,8 +136,7 @@ class Calls:
             if self._listen:
                 expected, got = "a backward pass before the call", "none that reached the layer"
             raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
-        now = tuple(x._version if isinstance(x, Tensor) else 0 for x in call.inputs)
-        if now != call.versions:
+        if _versions(call.inputs, call.keywords) != call.versions:
             expected = "an input that is left as it was"
             got = "one changed in place after the layer had read it"
             raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
@@ -173,21 +146,14 @@ class Calls:
         )  # fmt: skip
 
 
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _versions(inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, ...]:
+    both = (*inputs, *keywords.values())
+    return tuple(x._version if isinstance(x, Tensor) else 0 for x in both)
+
+
 def _hear(heard: list[Tensor], gradient: Tensor) -> None:
     heard.append(gradient.detach())
-
-
-def by_parameter(modules: Sequence[Owner], items: Sequence[Mapping[str, Item]]) -> dict[str, Item]:
-    """The items of one layer by parameter, what is tied within the layer added together."""
-    shared: dict[int, tuple[str, list[Item]]] = {}
-    for owner, found in zip(modules, items, strict=True):
-        own = factoring.parameters(owner.module)
-        for n, item in found.items():
-            name = f"{owner.path}.{n}" if owner.path else n
-            shared.setdefault(id(own[n]), (name, []))[1].append(item)
-    return {name: factoring.add(parts) for name, parts in shared.values()}
-
-
-def names(modules: Collection[Owner]) -> set[str]:
-    """The parameters that count, by their names within the layer."""
-    return {f"{o.path}.{n}" if o.path else n for o in modules for n in o.wanted}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,24 +13,24 @@ from torch import Tensor
 from lwkd.hooks import Capture, first_tensor, run, untouched
 from lwkd.layers import LayerPairs
 from lwkd.losses.jacobian import common_grid
-from lwkd.meters.calls import Calls, Owner, by_parameter, names, owners
+from lwkd.meters.blocks import SIDES, Blocks
+from lwkd.meters.calls import Calls
+from lwkd.meters.parameters import Owner, by_parameter, flat, paired, say_what_does_not_factor
 from lwkd.meters.projection import Projection
 from lwkd.ops import attention_maps, jacobian
-from lwkd.ops.backends import check_name
 from lwkd.ops.checks import choice, flag, message, number
 from lwkd.ops.factors import Factors, Item
 from lwkd.ops.jacobian_reference import COMPARISONS
 from lwkd.ops.philox import OUTPUTS, signs
 
 _OP = "JacobianMeter"
-_SIDES = ("student", "teacher")
 _PROJECTIONS = {
     "params": ("rademacher", "label", "top", "loss"),
     "input": ("rademacher", "top"),
 }
 
 
-class JacobianMeter:
+class JacobianMeter(Blocks[Calls]):
     """Measures how far the student's Jacobian is from the teacher's, layer by layer.
 
     ``wrt="params"``: with f the outputs and one vector v of their shape, G_n is the gradient of
@@ -57,7 +57,8 @@ class JacobianMeter:
         rates.update(meter.discrepancy(teacher_loss))
 
     Parameters of a layer are compared by their names within it; those of the student that are
-    frozen do not count. Modules that do not factor (see ``lwkd.factoring``) take torch.func.
+    frozen do not count. Modules that do not factor (see ``lwkd.factoring``) take torch.func, which
+    is said once; ``exclude`` leaves modules out.
     Source: Srinivas & Fleuret 2018; the factored form: Goodfellow 2015.
 
     Args:
@@ -66,6 +67,8 @@ class JacobianMeter:
         projection: As above; "label" and "loss" need a target.
         normalize: Compare directions, not sizes.
         compare: "difference", or "norms", for layers of other parameters (``wrt="params"``).
+        exclude: Names of modules or parameters, of the student or the teacher, that do not count,
+            nor anything inside them (``wrt="params"``).
         p: Power of the maps, ≥ 1 (``wrt="input"``).
         channel_dim: Of the activations (``wrt="input"``), as in ``ops.attention_maps``.
         seed: Of the random signs, 64 bits; torch's generators are not touched.
@@ -94,26 +97,20 @@ class JacobianMeter:
         projection: str = "rademacher",
         normalize: bool = True,
         compare: str = "difference",
+        exclude: Collection[str] = (),
         p: float = 2.0,
         channel_dim: int | None = None,
         seed: int = 0,
         every: int = 1,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(pairs, LayerPairs):
-            raise TypeError(message(_OP, "pairs", "LayerPairs, from pair_layers", type(pairs)))
+        super().__init__(_OP, pairs, seed=seed, every=every, backend=backend)
         choice(_OP, "wrt", wrt, tuple(_PROJECTIONS))
         choice(_OP, "projection", projection, _PROJECTIONS[wrt])
         choice(_OP, "compare", compare, COMPARISONS if wrt == "params" else COMPARISONS[:1])
         flag(_OP, "normalize", normalize)
         number(_OP, "p", p, "a finite number ≥ 1", lambda v: 1 <= v < float("inf"))
-        if type(seed) is not int:
-            raise TypeError(message(_OP, "seed", "an int", repr(seed)))
-        if type(every) is not int or every < 1:
-            raise ValueError(message(_OP, "every", "an int ≥ 1", repr(every)))
-        check_name(_OP, backend)
-        self.pairs, self.wrt, self.projection = pairs, wrt, projection
-        self.seed, self.every = seed, every
+        self.wrt, self.projection = wrt, projection
         self._maps = partial(attention_maps, p=p, channel_dim=channel_dim)
         self._normalize = normalize
         self._compare = partial(
@@ -122,40 +119,27 @@ class JacobianMeter:
         )  # fmt: skip
         self._owners: tuple[list[list[Owner]], list[list[Owner]]] = ([], [])
         if wrt == "params":
-            self._owners = _owners(pairs, compare == "norms")
-        self._calls = 0
-        self._hooks: ExitStack | None = None
-        self._sides: tuple[Calls, ...] | None = None
-        self._ready = False
+            self._owners = paired(_OP, pairs, exclude, norms=compare == "norms")
+            say_what_does_not_factor(_OP, self._owners)
+        elif exclude:
+            expected = "nothing with wrt='input', where parameters do not count"
+            raise ValueError(message(_OP, "exclude", expected, repr(exclude)))
 
     # --- a training step ---------------------------------------------------------------------
 
     def __enter__(self) -> JacobianMeter:
-        if self._hooks is not None:
-            raise RuntimeError(message(_OP, "with-block", "one entry at a time", "a second"))
         if (self.wrt, self.projection, self._normalize) != ("params", "loss", True):
             expected = "wrt='params', projection='loss' and normalize=True, or a call of measure"
             got = f"wrt={self.wrt!r}, projection={self.projection!r}, normalize={self._normalize}"
             raise RuntimeError(message(_OP, "with-block", expected, got))
-        self.pairs.refuse_compiled(_OP)
-        self._ready, self._sides = False, None
-        with ExitStack() as stack:
-            if self._calls % self.every == 0:
-                self._sides = tuple(
-                    stack.enter_context(Calls(_OP, side, _flat(found), listen=side == "student"))
-                    for side, found in zip(_SIDES, self._owners, strict=True)
-                )
-            self._hooks = stack.pop_all()
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *exception: Any) -> None:
-        hooks, self._hooks = self._hooks, None
-        if hooks is not None:
-            hooks.__exit__(*exception)
-        self._ready = exception[0] is None
-        self._calls += self._ready
-        if not self._ready:
-            self._sides = None
+    def _watch(self, stack: ExitStack) -> tuple[Calls, Calls]:
+        student, teacher = (
+            stack.enter_context(Calls(_OP, side, flat(found), listen=side == "student"))
+            for side, found in zip(SIDES, self._owners, strict=True)
+        )
+        return student, teacher
 
     def discrepancy(self, teacher_loss: Tensor) -> Tensor | None:
         """Return the distances of the last with-block, after the student's backward pass.
@@ -173,10 +157,7 @@ class JacobianMeter:
                 student's backward; a layer that did not run, or that a loss does not depend on.
             ValueError: ``teacher_loss`` is no scalar.
         """
-        if not self._ready:
-            expected = "one call after a with-block that has ended without an exception"
-            got = "one inside the block" if self._hooks is not None else "no such block"
-            raise RuntimeError(message(f"{_OP}.discrepancy", "with-block", expected, got))
+        self._check_ended("one call after a with-block that has ended without an exception")
         if self._sides is None:
             return None
         if not isinstance(teacher_loss, Tensor) or teacher_loss.dim() or not teacher_loss.grad_fn:
@@ -224,9 +205,7 @@ class JacobianMeter:
         >>> meter.measure(torch.rand(2, 1, 8, 8)).shape
         torch.Size([1])
         """
-        if self._hooks is not None:
-            expected, got = "a call outside the block, which would record it", "one inside"
-            raise RuntimeError(message(f"{_OP}.measure", "with-block", expected, got))
+        self._check_outside()
         networks = (self.pairs.student, self.pairs.teacher)
         with untouched(*networks), torch.enable_grad():
             if self.wrt == "input":
@@ -239,9 +218,10 @@ class JacobianMeter:
         found: list[Any] = [None, None]
         for side in (1, 0):
             network = (self.pairs.student, self.pairs.teacher)[side]
-            with Calls(_OP, _SIDES[side], _flat(self._owners[side])) as calls:
-                output = first_tensor(run(f"{_OP}.measure", network, inputs, _SIDES[side]))
-            found[side] = calls.items(choose(_SIDES[side], output))
+            with Calls(_OP, SIDES[side], flat(self._owners[side])) as calls:
+                output = first_tensor(run(f"{_OP}.measure", network, inputs, SIDES[side]))
+            scalar = choose(SIDES[side], output)
+            found[side] = calls.items(scalar, samples=None if output is None else len(output))
         return self._by_params(found)
 
     def _by_params(self, found: Sequence[list[dict[str, Item]]]) -> Tensor:
@@ -268,7 +248,7 @@ class JacobianMeter:
             raise TypeError(message(f"{_OP}.measure", "inputs", expected, got))
         maps: list[Capture[Tensor]] = []
         xs = []
-        for side, network in zip(_SIDES, (self.pairs.student, self.pairs.teacher), strict=True):
+        for side, network in zip(SIDES, (self.pairs.student, self.pairs.teacher), strict=True):
             home = next((z.device for z in network.parameters()), inputs.device)
             xs.append(inputs.detach().to(home).requires_grad_())
             with self.pairs.watch(_OP, side, self._map) as capture:
@@ -291,62 +271,12 @@ class JacobianMeter:
                     )
                 if row is None:
                     expected, got = "a layer that depends on the input", "one that does not"
-                    raise RuntimeError(message(_OP, _SIDES[k], expected, got, layer=name))
+                    raise RuntimeError(message(_OP, SIDES[k], expected, got, layer=name))
                 rows[k].append(row.to(xs[0].device))
         return self._compare(rows[0], rows[1])
 
     def _map(self, i: int, x: Tensor) -> Tensor:
         return self._maps([x.clone()])[0]  # what comes next may change x in place
-
-    def state_dict(self) -> dict[str, int]:
-        """Return {"calls": the number of with-blocks so far}."""
-        return {"calls": self._calls}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue counting where ``state_dict`` left off.
-
-        Args:
-            state: From :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it holds anything but a count.
-        """
-        calls = state.get("calls") if isinstance(state, dict) and len(state) == 1 else None
-        if type(calls) is not int or calls < 0:
-            expected = '{"calls": int ≥ 0}'
-            raise ValueError(message(f"{_OP}.load_state_dict", "state", expected, repr(state)))
-        self._calls = calls
-
-
-# --- which parameters ----------------------------------------------------------------------------
-
-
-def _owners(pairs: LayerPairs, norms: bool) -> tuple[list[list[Owner]], list[list[Owner]]]:
-    """The modules of every layer whose parameters count, student's and teacher's."""
-    sides: tuple[list[list[Owner]], list[list[Owner]]] = ([], [])
-    layers = zip(pairs.student_layers, pairs.teacher_layers, strict=True)
-    for (s_name, student), (t_name, teacher) in layers:
-        mine = owners(s_name, student, lambda _, p: p.requires_grad)
-        if not mine:
-            expected = "a layer with parameters that are trained"
-            raise ValueError(message(_OP, "student", expected, "none", layer=s_name))
-        wanted = names(mine)
-        theirs = owners(t_name, teacher, lambda n, p: norms or n in wanted)  # noqa: B023
-        if not theirs or (not norms and names(theirs) != wanted):
-            expected = f"the student's parameters, {', '.join(sorted(wanted))}"
-            got = ", ".join(n for n, _ in teacher.named_parameters()) or "none"
-            raise ValueError(
-                message(
-                    _OP, "teacher", f"{expected} (compare='norms' takes any)", got, layer=t_name
-                )
-            )
-        sides[0].append(mine)
-        sides[1].append(theirs)
-    return sides
-
-
-def _flat(layers: Sequence[Sequence[Owner]]) -> list[Owner]:
-    return [owner for layer in layers for owner in layer]
 
 
 # --- small things --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ from lwkd import JacobianMeter, pair_layers
 from lwkd.ops.philox import OUTPUTS, signs
 from tests import cases
 from tests.ops.test_factors import distance
-from tests.test_factoring import Residual, Transformer
+from tests.test_factoring import Encoder, Residual, Transformer
 
 F64 = torch.float64
 N, CLASSES = 3, 4
 LAYERS = {
     Residual: ["stem", "norm", "conv", "down", "head"],
     Transformer: ["patch", "norm1", "qkv", "out", "up", "down", "head"],
+    Encoder: ["patch", "first", "mix", "head"],
 }
 
 
@@ -79,7 +82,7 @@ def layer(grads: dict[str, Tensor], name: str, only: Any = None) -> Tensor:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("projection", ["rademacher", "label", "top", "loss"])
-@pytest.mark.parametrize("kind", [Residual, Transformer])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_by_parameters(kind: Any, projection: str, normalize: bool) -> None:
     nets = networks(kind)
     m = meter(nets, projection=projection, normalize=normalize)
@@ -176,6 +179,65 @@ def test_frozen_parameters(frozen: str) -> None:
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-9, atol=1e-13)
 
 
+def test_a_frozen_encoder() -> None:
+    """Nothing in it asks for a gradient, and torch would take a way without hooks."""
+    nets = networks(Encoder)
+    want = meter(nets).measure(X)
+    nets[1].requires_grad_(False)
+    torch.testing.assert_close(meter(nets).measure(X), want, rtol=1e-10, atol=1e-14)
+
+
+def test_what_is_excluded_does_not_count() -> None:
+    """By the student's names or the teacher's, a module or a parameter, also inside attention."""
+    torch.manual_seed(0)
+    student, teacher = networks(Encoder)
+    nets = [student, nn.Sequential(OrderedDict(body=teacher))]
+    pairs = pair_layers(*nets, {"first": "body.first", "head": "body.head"})
+    left_out = ["first.linear1", "body.first.norm2.weight", "first.self_attn.out_proj", "head.bias"]
+    got = JacobianMeter(pairs, exclude=left_out).measure(X)
+    both = [gradients(net, vectors("rademacher", nets, X, Y), X) for net in (student, teacher)]
+    gone = ("first.linear1.", "first.norm2.weight", "first.self_attn.out_proj.", "head.bias")
+    only = [n for n, _ in student.named_parameters() if not n.startswith(gone)]
+    assert len(only) < len(list(student.parameters())) - 5
+    want = [distance(*(layer(g, n, only) for g in both), "normalized").mean()
+            for n in ("first", "head")]  # fmt: skip
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-9, atol=1e-13)
+    got = JacobianMeter(pairs, exclude=["body.first", "first.linear1"], compare="norms")
+    assert "first.linear1" not in str(got._owners)
+
+
+class Mixed(nn.Module):
+    """One module that factors, one that does not."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc, self.mix = nn.Linear(72, width), nn.Bilinear(width, width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc(x.flatten(1)).tanh()
+        return self.mix(z, z)
+
+
+def test_modules_that_do_not_factor_are_named_once() -> None:
+    nets = networks(Mixed)
+    text = (
+        r"expected modules that factor.*student's 'mix' \(Bilinear\), teacher's 'mix' \(Bilinear\)"
+    )
+    with pytest.warns(UserWarning, match=text) as seen:
+        m = meter(nets, ["fc", "mix"])
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = m.measure(X)
+    both = [gradients(net, vectors("rademacher", nets, X, Y), X) for net in nets]
+    want = [distance(*(layer(g, n) for g in both), "normalized").mean() for n in ("fc", "mix")]
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-9, atol=1e-13)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = meter(nets, {"fc": "fc"}, exclude=["mix"]).measure(X)
+    torch.testing.assert_close(alone, got[:1])
+
+
 def test_norms_of_layers_of_any_width() -> None:
     nets = networks(widths=(4, 7))
     got = meter(nets, ["stem", "conv", "head"], compare="norms", projection="top").measure(X)
@@ -251,7 +313,7 @@ def step(m: JacobianMeter, nets: Any, x: Tensor = X) -> Tensor | None:
     return m.discrepancy(teacher_loss)
 
 
-@pytest.mark.parametrize("kind", [Residual, Transformer])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_step_measures_what_measure_does(kind: Any) -> None:
     nets = networks(kind)
     m = meter(nets, projection="loss")
@@ -434,6 +496,15 @@ class Unused(Residual):
         return self.head(x.mean((2, 3)).repeat(1, 6))
 
 
+class TimeFirst(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(2).permute(2, 0, 1)).mean(0)
+
+
 def test_errors() -> None:
     nets = networks()
     pairs = pair_layers(*nets, ["stem", "head"])
@@ -445,6 +516,10 @@ def test_errors() -> None:
         ({"every": 0}, ValueError, "every: expected an int ≥ 1"),
         ({"seed": 0.5}, TypeError, "seed: expected an int"),
         ({"backend": "cuda"}, ValueError, "backend"),
+        ({"exclude": "head"}, TypeError, "exclude: expected a list of names"),
+        ({"exclude": ["haed"]}, ValueError, "exclude: expected names.*did you mean 'head'"),
+        ({"exclude": ["head"]}, ValueError, r"layer 'head'\): expected a layer with parameters"),
+        ({"exclude": ["head"], "wrt": "input"}, ValueError, "exclude: expected nothing with"),
     ):
         with pytest.raises(kind, match=text):
             JacobianMeter(pairs, **options)
@@ -474,6 +549,8 @@ def test_errors_of_layers() -> None:
          r"teacher \(layer 'conv'\): expected a layer that the output depends on"),
         (networks(Unused), ["norm"], {}, RuntimeError,
          r"teacher \(layer 'norm'\): expected the layer to run in the forward, got no call"),
+        (networks(TimeFirst), ["fc"], {}, ValueError,
+         r"teacher \(layer 'fc'\): expected a layer that has the batch, 3 samples, first, got 36"),
         ([nn.Sequential(nn.Flatten(0), nn.Linear(216, 4)).double() for _ in "st"], ["1"], {},
          ValueError, r"teacher: expected a network that puts out a floating tensor \[N, ...\]"),
         ([nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, c)).double()
