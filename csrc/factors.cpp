@@ -206,47 +206,6 @@ std::vector<double> distances(Work& work) {
 
 // --- the op --------------------------------------------------------------------------------------
 
-void check_item(const Tensor& a, const Tensor& d, const int64_t* form, const char* argument,
-                int64_t i, int64_t samples) {
-  const char* op = "lwkd.ops: jacobian_factors: ";
-  const auto floating = [](const Tensor& x) {
-    const ScalarType t = x.scalar_type();
-    return t == ScalarType::Double || t == ScalarType::Float || t == ScalarType::Half ||
-           t == ScalarType::BFloat16;
-  };
-  const auto aligned = [](const Tensor& x, int64_t size) {
-    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % size == 0;
-  };
-  const bool indices = form[0] == kIndices;
-  STD_TORCH_CHECK(form[0] >= 0 && form[0] <= kConvolution, op, "forms (item ", i,
-                  "): expected a form 0, 1 or 2, got ", form[0]);
-  STD_TORCH_CHECK(floating(d) && (indices ? a.scalar_type() == ScalarType::Long : floating(a)), op,
-                  argument, " (item ", i,
-                  "): expected float64, float32, float16 or bfloat16, or int64 indices");
-  STD_TORCH_CHECK(aligned(d, element_size(d.scalar_type())) &&
-                      aligned(a, indices ? 8 : element_size(a.scalar_type())),
-                  op, argument, " (item ", i, "): expected data aligned to its elements; pass a ",
-                  "clone()");
-  bool fits = a.dim() >= 2 && d.dim() >= 3 && a.size(0) == samples && d.size(0) == samples;
-  if (form[0] == kConvolution) {
-    fits = fits && a.dim() >= 3 && a.dim() <= 5 && d.dim() == a.dim() && form[1] >= 1 &&
-           a.size(1) % form[1] == 0 && d.size(1) % form[1] == 0;
-    for (int64_t k = 0; fits && k < a.dim() - 2; ++k) {
-      const int64_t* at = form + 3 + (3 - (a.dim() - 2)) + k;  // kernel, stride, padding, dilation
-      const Tensor &x = form[2] ? d : a, &y = form[2] ? a : d;
-      fits = at[0] >= 1 && at[3] >= 1 && at[6] >= 0 && at[9] >= 1;
-      const int64_t room = fits ? x.size(2 + k) + 2 * at[6] - at[9] * (at[0] - 1) - 1 : -1;
-      fits = fits && room >= 0 && y.size(2 + k) <= room / at[3] + 1;
-    }
-  } else {
-    const int64_t dim = indices ? 3 : a.dim();
-    fits = fits && d.dim() == dim && dim <= 4 && a.dim() == (indices ? 2 : dim);
-    for (int64_t k = 1; fits && k < dim - 1; ++k) fits = a.size(k) == d.size(k);
-  }
-  STD_TORCH_CHECK(fits, op, argument, " (item ", i, "): expected factors of one gradient of ",
-                  samples, " samples, got other shapes");
-}
-
 Item read_item(const Tensor& a, const Tensor& d, const int64_t* form) {
   return form[0] == kConvolution ? read_convolution(a, d, form)
                                  : read_dense(a, d, form[0] == kIndices);
@@ -256,27 +215,16 @@ Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> stude
                         std::vector<Tensor> teacher_a, std::vector<Tensor> teacher_d,
                         std::vector<int64_t> layers, std::vector<int64_t> forms,
                         std::vector<int64_t> contractions, int64_t how_number, bool mean) {
-  const char* op = "lwkd.ops: jacobian_factors: ";
-  const size_t count = student_a.size();
-  STD_TORCH_CHECK(count > 0 && student_d.size() == count && teacher_a.size() == count &&
-                      teacher_d.size() == count && layers.size() == count &&
-                      contractions.size() == count && forms.size() == 2 * kForm * count,
-                  op, "teacher: expected ", count, " items, as of student, each with a layer, two ",
-                  "forms and a contraction");
+  FactorLists in{{student_a, teacher_a}, {student_d, teacher_d}, layers, forms, contractions};
+  in.check(how_number);
   Work work;
-  work.how = read_how(how_number, "jacobian_factors");
-  work.samples = student_d[0].dim() > 0 ? student_d[0].size(0) : 0;
-  for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(layers[i] >= 0 && (i == 0 ? layers[i] == 0 : layers[i] - layers[i - 1] <= 1) &&
-                        (i == 0 || layers[i] >= layers[i - 1]),
-                    op, "layers (item ", i, "): expected 0, and then the same or the next");
-    const int64_t* form[2] = {&forms[2 * i * kForm], &forms[(2 * i + 1) * kForm]};
-    check_item(student_a[i], student_d[i], form[0], "student", i, work.samples);
-    check_item(teacher_a[i], teacher_d[i], form[1], "teacher", i, work.samples);
+  work.how = in.how;
+  work.samples = in.samples;
+  for (size_t i = 0; i < layers.size(); ++i) {
     Job job;
     job.layer = layers[i], job.gram = contractions[i] == 0;
-    job.student = read_item(student_a[i], student_d[i], form[0]);
-    Item teacher = read_item(teacher_a[i], teacher_d[i], form[1]);
+    job.student = read_item(student_a[i], student_d[i], in.form(i, 0));
+    Item teacher = read_item(teacher_a[i], teacher_d[i], in.form(i, 1));
     if (work.how == kNorms) {
       simplify(job.student, nullptr), simplify(teacher, nullptr);
       work.jobs.push_back(job);
@@ -284,26 +232,22 @@ Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> stude
       work.jobs.push_back(job);
       continue;
     }
-    STD_TORCH_CHECK(std::equal(form[0], form[0] + kForm, form[1]) &&
-                        same_shape(student_a[i], teacher_a[i]) &&
-                        same_shape(student_d[i], teacher_d[i]),
-                    op, "teacher (item ", i, "): expected the student's shapes, got others");
     simplify(job.student, &teacher);
     job.teacher = teacher;
     const Tensor* s[2] = {&student_a[i], &student_d[i]};
     const Tensor* t[2] = {&teacher_a[i], &teacher_d[i]};
-    const int a = form[0][0] == kConvolution && form[0][2] ? 1 : 0;  // whose patches are taken
-    if (form[0][0] != kIndices) job.walk_a.emplace(std::vector<const Tensor*>{s[a], t[a]});
+    const int64_t* form = in.form(i, 0);
+    const int a = form[0] == kConvolution && form[2] ? 1 : 0;  // whose patches are taken
+    if (form[0] != kIndices) job.walk_a.emplace(std::vector<const Tensor*>{s[a], t[a]});
     job.walk_d.emplace(std::vector<const Tensor*>{s[1 - a], t[1 - a]});
     work.jobs.push_back(std::move(job));
   }
-  work.layers = layers[count - 1] + 1;
+  work.layers = in.length();
   work.guesses.resize(work.jobs.size() * work.samples);
   work.c.assign(work.layers * work.samples, 1);
   work.active.assign(work.layers * work.samples, 1);
   work.sums.resize(work.layers * work.samples);
-  const bool wide = any_double(student_a) || any_double(student_d) || any_double(teacher_a) ||
-                    any_double(teacher_d);
+  const bool wide = in.wide();
   const std::vector<double> d = wide ? distances<double>(work) : distances<float>(work);
   std::vector<int64_t> shape{work.layers};
   if (!mean) shape.push_back(work.samples);

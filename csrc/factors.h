@@ -4,14 +4,12 @@
 #include <cstdlib>
 #include <memory>
 
+#include "factor_arguments.h"
 #include "pieces.h"
 #include "products.h"
 
 namespace lwkd {
 namespace {
-
-enum Form { kDense, kIndices, kConvolution };  // lwkd/ops/factors_reference.py
-constexpr int64_t kForm = 15;  // form, groups, transposed, and four numbers for three dimensions
 
 // One tensor of an item as matrices [N, G, rows, columns], of any strides.
 struct View {

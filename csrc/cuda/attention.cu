@@ -9,14 +9,6 @@
 namespace lwkd::cuda {
 namespace {
 
-int32_t dtype_of(ScalarType dtype) {
-  if (dtype == ScalarType::Double) return kDouble;
-  if (dtype == ScalarType::Half) return kHalf;
-  if (dtype == ScalarType::BFloat16) return kBFloat16;
-  STD_TORCH_CHECK(dtype == ScalarType::Float, "lwkd: no kernel for this dtype");
-  return kFloat;
-}
-
 View view_of(const Operand& o) {
   View v{o.data, dtype_of(o.dtype), o.n, o.c, {}, o.stride_n, o.stride_c, {}};
   std::copy_n(o.size, 3, v.size);

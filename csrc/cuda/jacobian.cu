@@ -10,13 +10,6 @@
 namespace lwkd::cuda {
 namespace {
 
-int32_t dtype_of(ScalarType dtype) {
-  if (dtype == ScalarType::Double) return kDouble;
-  if (dtype == ScalarType::Half) return kHalf;
-  if (dtype == ScalarType::BFloat16) return kBFloat16;
-  return kFloat;
-}
-
 RowTensor row_tensor(const Tensor& x) {
   RowTensor t{const_cast<void*>(x.const_data_ptr()), dtype_of(x.scalar_type()), x.stride(0), {}};
   for (int64_t d = 1; d < x.dim(); ++d) t.stride.push_back(x.stride(d));

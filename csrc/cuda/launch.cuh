@@ -8,8 +8,17 @@
 #include <optional>
 
 #include "../common.h"
+#include "common.cuh"
 
 namespace lwkd::cuda {
+
+inline int32_t dtype_of(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return kDouble;
+  if (dtype == ScalarType::Half) return kHalf;
+  if (dtype == ScalarType::BFloat16) return kBFloat16;
+  STD_TORCH_CHECK(dtype == ScalarType::Float, "lwkd: no kernel for this dtype");
+  return kFloat;
+}
 
 // Launches on the current stream of `like`'s device; scratch lives as long as the launcher, and
 // torch's allocator hands it to later work of the same stream alone.

@@ -126,7 +126,9 @@ def _has_kernel(op: str, device: str) -> bool:
 
 def _serving(op: str, device: str) -> dict[str, Any]:
     reasons = {b: why_not(b, device, op) for b in backends.BACKENDS}
-    order = ("compiled", "triton", "reference") if device == "cuda" else ("compiled", "reference")
+    order = ["compiled", "reference"]
+    if device == "cuda":
+        order.insert(0 if op in backends.TRITON_FIRST else 1, "triton")
     chosen = next((b for b in order if not reasons[b]), None)
     missing = {b: r for b, r in reasons.items() if r}
     return {"op": op, "device": device, "served_by": chosen, "unavailable": missing}

@@ -68,7 +68,8 @@ def layer_discrepancy(
             may differ; of "jacobian" shapes are equal, unless norms are compared.
         kind: What is compared: "attention" or "jacobian".
         reduction: "mean" over the batch, or "none".
-        backend: None (the dispatcher chooses), "reference", "compiled" or "triton".
+        backend: None (the dispatcher chooses; of factors on a GPU, Triton), "reference", "compiled"
+            or "triton".
         **options: For kind="jacobian":
 
             * normalize (bool, default True): compare directions, not sizes;

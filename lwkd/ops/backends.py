@@ -3,7 +3,7 @@
 Every op stands in three namespaces with one schema, one fake and one autograd formula:
 
 * ``torch.ops.lwkd``: what the dispatcher chooses: C++ on CPU and CUDA C++ (else Triton) on GPU
-  where they are built, the reference everywhere else;
+  where they are built, the reference everywhere else; TRITON_FIRST names the exceptions;
 * ``torch.ops.lwkd_reference``: plain PyTorch on every device;
 * ``torch.ops.lwkd_triton``: Triton, on a CPU tensor only under Triton's interpreter.
 """
@@ -25,6 +25,9 @@ from torch.autograd import forward_ad
 from lwkd.ops.checks import message
 
 BACKENDS = ("reference", "compiled", "triton")
+TRITON_FIRST = frozenset({"jacobian_factors"})
+"""Ops that layer_discrepancy lets Triton serve on a GPU, if it is there: its kernels keep products
+of matrices on the chip, the compiled ones have torch multiply."""
 _BUILD = (
     "reinstall with a C++ compiler, from the source tree: "
     "pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -177,6 +180,9 @@ class Op:
     def choose(self, op: str, backend: str | None, device: torch.device) -> str:
         """Return the namespace that serves ``backend``; one asked for and absent raises."""
         namespace = choose(op, backend, device)
+        wanted = backend is None and device.type == "cuda" and self._name in TRITON_FIRST
+        if wanted and self._triton and TRITON.live:
+            return "lwkd_triton"
         absent = ""
         if backend == "compiled" and device.type not in self.compiled:
             absent = f"the compiled library has no kernel of {self._name}"

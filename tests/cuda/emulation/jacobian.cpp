@@ -1,32 +1,18 @@
 // Runs the CUDA kernels of Jacobian rows on the tensors' own memory, through the emulator.
 #include "host.h"
 #include "jacobian_plan.cuh"
+#include "reader.h"
 
 namespace {
 
 using namespace lwkd::cuda;
 
-// Integers read in order: a tensor is its address, dtype, stride of the batch, and row strides.
-class Reader {
- public:
-  explicit Reader(const int64_t* ints) : at_(ints) {}
-
-  int64_t next() { return *at_++; }
-  void* pointer() { return reinterpret_cast<void*>(next()); }
-  std::vector<int64_t> list() {
-    std::vector<int64_t> out(next());
-    for (int64_t& x : out) x = next();
-    return out;
-  }
-  RowTensor tensor() {
-    RowTensor t{pointer(), static_cast<int32_t>(next()), next(), {}};
-    t.stride = list();
-    return t;
-  }
-
- private:
-  const int64_t* at_;
-};
+// A tensor is its address, dtype, stride of the batch, and row strides.
+RowTensor row_tensor(Reader& r) {
+  RowTensor t{r.pointer(), static_cast<int32_t>(r.next()), r.next(), {}};
+  t.stride = r.list();
+  return t;
+}
 
 template <typename A>
 void run(HostLauncher& gpu, const int64_t* head, Reader& r) {
@@ -38,14 +24,14 @@ void run(HostLauncher& gpu, const int64_t* head, Reader& r) {
     A* out = static_cast<A*>(r.pointer());
     std::vector<RowPair> pairs(count);
     for (RowPair& pair : pairs) {
-      pair.s = r.tensor(), pair.t = r.tensor();
+      pair.s = row_tensor(r), pair.t = row_tensor(r);
       pair.s_size = r.list(), pair.t_size = r.list();
     }
     return rows_forward<A>(gpu, pairs, samples, way, mean, sums, out);
   }
   std::vector<RowGradient> jobs(count);
   for (RowGradient& job : jobs) {
-    job.x = r.tensor(), job.dx = r.tensor(), job.y = r.tensor();
+    job.x = row_tensor(r), job.dx = row_tensor(r), job.y = row_tensor(r);
     job.size = r.list();
     job.sums = static_cast<const double*>(r.pointer());
     job.grad = r.pointer();
