@@ -2,6 +2,10 @@
 // compiler lowers them to SSE2, AVX2 or AVX-512 as the clone asks.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "numeric.h"
 
 namespace lwkd {
@@ -55,6 +59,23 @@ LWKD_INLINE Float8 load(const Half* p) {  // as widen(Half)
 template <typename Vector, typename To>
 LWKD_INLINE void write_bits(Vector v, To* p) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// To an address of 16 bytes alignment, without the cache; before others may look, fence_past().
+LWKD_INLINE void write_past([[maybe_unused]] Float8 v, float* p) {
+#if defined(__SSE2__)
+  Float4 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  _mm_stream_ps(p, half[0]);
+  _mm_stream_ps(p + 4, half[1]);
+#else
+  write_bits(v, p);
+#endif
+}
+LWKD_INLINE void fence_past() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 LWKD_INLINE void store(Float8 v, float* p) { write_bits(v, p); }

@@ -56,13 +56,16 @@ LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
 }
 
 // dx = own · x + other · y, in double: what is left of two nearly equal rows keeps its digits.
-template <bool kOther, typename A>
+template <bool kOther, bool kPast, typename A>
 LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double own, double other) {
   const auto at = [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     V d = own * read<V>(x + q);
     if (kOther) d += other * read<V>(y + q);
-    write(d, dx + q);
+    if constexpr (kPast && std::is_same_v<V, Double8>)
+      write_past(__builtin_convertvector(d, Float8), dx + q);
+    else
+      write(d, dx + q);
   };
   int64_t q = 0;
   for (; q + 16 <= count; q += 16) {
@@ -114,11 +117,19 @@ LWKD_INLINE void scatter_dense(const A* from, T* to, int64_t count) {
   }                                                                                                \
   [[maybe_unused]] LWKD_CLONES void mix(A* dx, const A* x, const A* y, int64_t count, double own,  \
                                         double other) {                                            \
-    y == nullptr ? combine<false>(dx, x, x, count, own, other)                                     \
-                 : combine<true>(dx, x, y, count, own, other);                                     \
+    y == nullptr ? combine<false, false>(dx, x, x, count, own, other)                              \
+                 : combine<true, false>(dx, x, y, count, own, other);                              \
   }
 LWKD_PIECES(float, float)
 LWKD_PIECES(double, double)
+
+// As mix, past the caches: what is written is not read into them first. dx: of 16 bytes alignment.
+[[maybe_unused]] LWKD_CLONES void mix_past(float* dx, const float* x, const float* y, int64_t count,
+                                           double own, double other) {
+  y == nullptr ? combine<false, true>(dx, x, x, count, own, other)
+               : combine<true, true>(dx, x, y, count, own, other);
+  fence_past();
+}
 
 #define LWKD_MOVES(T, A)                                                                         \
   [[maybe_unused]] LWKD_CLONES void bring(const T* from, int64_t stride, int64_t count, A* to) { \

@@ -339,6 +339,14 @@ def test_training_through_rows(target: Target) -> None:
             assert (a - b).abs().max() <= 1e-12 * b.abs().max().clamp_min(1e-3)
 
 
+@ways
+@pytest.mark.parametrize("length", [2_500_000, 2_500_001])
+def test_gradients_larger_than_the_caches(length: int, way: str) -> None:
+    """Are written past them; rows that are not aligned are not."""
+    rows = [cases.draw((4, length), F32, k) for k in (1, 2)]
+    agrees(Target("compiled", "cpu"), [rows[0]], [rows[1]], way)
+
+
 # --- determinism, threads, far offsets -----------------------------------------------------------
 
 
