@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <map>
 #include <string>
 
+#include "philox.h"
 #include "schedule.h"
 
 namespace {
@@ -39,4 +41,13 @@ PYBIND11_MODULE(_C, m) {
       "plan", &lwkd::plan, pybind11::arg("shapes"),
       "The split of layers [(N, C, positions)] into tasks (layer, sample, begin, end): a function "
       "of the shapes alone, never of the thread count.");
+  m.def(
+      "philox",
+      [](std::array<uint32_t, 2> key, std::array<uint32_t, 4> counter) {
+        const lwkd::Words out = lwkd::philox(uint64_t(key[1]) << 32 | key[0],
+                                             {{counter[0], counter[1], counter[2], counter[3]}});
+        return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
+      },
+      pybind11::arg("key"), pybind11::arg("counter"),
+      "The four words of Philox4x32-10 for a key (low, high) and a counter.");
 }

@@ -286,3 +286,12 @@ def factors_in_tf32(products: Tensor, u: Tensor, ns: Tensor, nv: Tensor) -> Tens
     """
     off = 2 * TF32 * products
     return 16 * (u * off + off.square()) / (ns * nv)
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+def probe_dot(h: Tensor, want: float) -> float:
+    """Bound on ⟨v, h⟩: sums are in float64, and the result is rounded once, to float32 at most."""
+    u = 2.0**-53 if h.dtype == torch.float64 else 2.0**-24
+    return u * abs(want) + max(h.numel(), 1) * 2.0**-52 * float(h.double().abs().sum())

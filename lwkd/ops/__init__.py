@@ -7,15 +7,25 @@ from typing import Any
 
 from torch import Tensor
 
-from lwkd.ops import attention, jacobian
+from lwkd.ops import attention, hessian, jacobian
 from lwkd.ops.checks import choice, message, suggest
 from lwkd.ops.factors import ConvFactors, Factors
 
-__all__ = ["KINDS", "ConvFactors", "Factors", "attention_maps", "layer_discrepancy"]
+__all__ = [
+    "KINDS",
+    "ConvFactors",
+    "Factors",
+    "attention_maps",
+    "layer_discrepancy",
+    "probe_dot",
+    "rademacher",
+    "trace_discrepancy",
+]
 
 KINDS: dict[str, Callable[..., Tensor]] = {
     "attention": attention.discrepancy,
     "jacobian": jacobian.discrepancy,
+    "hessian": hessian.discrepancy,
 }
 _OPTIONS = {kind: tuple(run.__kwdefaults__ or ()) for kind, run in KINDS.items()}
 _REDUCTIONS = ("mean", "none")
@@ -52,6 +62,12 @@ def layer_discrepancy(
     ``ConvFactors``, or a tuple of these for a layer of several parameters: G_n = Σ_t d[n,t] a[n,t]ᵀ
     takes the place of a row and is never built. Not differentiable then.
 
+    kind="hessian", with tr the mean over probes k of ⟨v_k, (Hv_k)_l⟩, v_k the signs of
+    :func:`rademacher` for layer l and probe k (sources: Hutchinson 1990; Yao et al. 2020):
+
+    * normalize=True: d_l = |tr_S − tr_T| / (|tr_S| + |tr_T| + 1e-12), in [0, 1];
+    * normalize=False: d_l = |tr_S/numel_S − tr_T/numel_T|, per parameter.
+
     Sums over rows are in float64, so that a student that is a copy of its teacher, or a rescaled
     copy, but for 1e-6 still is at the right distance, to 1e-2 of it (float32 rows).
 
@@ -63,17 +79,24 @@ def layer_discrepancy(
     Args:
         student: L tensors, float64/32/16 or bfloat16, any strides. Of "attention": [N, C, *space]
             with one to three space dimensions, or tokens [N, T, D]. Of "jacobian": rows [N, ...],
-            or L items of factors.
+            or L items of factors. Of "hessian": Hessian-vector products [K, *parameter], probe k
+            at index k.
         teacher: L tensors alike, on the same device and of the same N. Of "attention" C and space
-            may differ; of "jacobian" shapes are equal, unless norms are compared.
-        kind: What is compared: "attention" or "jacobian".
-        reduction: "mean" over the batch, or "none".
+            may differ; of "jacobian" shapes are equal, unless norms are compared; of "hessian" K,
+            parameters and device may differ.
+        kind: What is compared: "attention", "jacobian" or "hessian".
+        reduction: "mean" over the batch, or "none"; of "hessian" the mean over probes.
         backend: None (the dispatcher chooses; of factors on a GPU, Triton), "reference", "compiled"
             or "triton".
         **options: For kind="jacobian":
 
             * normalize (bool, default True): compare directions, not sizes;
             * compare (str, default "difference"): "difference" or "norms".
+
+            For kind="hessian":
+
+            * seed (int, default 0): of the signs, 64 bits;
+            * normalize (bool, default True): compare relative to the traces' size.
 
             For kind="attention":
 
@@ -148,3 +171,95 @@ def attention_maps(
              [12., 12.]]])
     """
     return attention.maps("ops.attention_maps", xs, p, channel_dim)
+
+
+def rademacher(
+    like: Tensor, *, seed: int, layer: int = 0, probe: int = 0, backend: str | None = None
+) -> Tensor:
+    """Return the signs of one probe: ±1, a function of seed, layer, probe and element alone.
+
+    Philox4x32-10 with key = seed (low, high word) and counter = (block low, block high, layer,
+    probe), block = e // 128 for element e in logical order; bit e % 128 of the four output words
+    decides, a set bit is +1. The same on every backend, device and layout; torch's generators are
+    not touched. Source: Salmon, Moraes, Dror & Shaw 2011.
+
+    Args:
+        like: A tensor float64/32/16 or bfloat16, whose shape, dtype, device and layout are taken.
+        seed: 64 bits.
+        layer: 32 bits.
+        probe: 32 bits.
+        backend: None (the dispatcher chooses), "reference", "compiled" or "triton".
+
+    Returns:
+        ±1, as ``like``.
+
+    Raises:
+        ValueError: seed, layer or probe out of range.
+        TypeError: ``like`` is no dense floating-point tensor.
+        RuntimeError: ``backend`` is not available here.
+
+    >>> import torch, lwkd
+    >>> lwkd.ops.rademacher(torch.empty(2, 3), seed=0)
+    tensor([[ 1., -1.,  1.],
+            [-1.,  1., -1.]])
+    """
+    return hessian.signs("ops.rademacher", like, seed, layer, probe, backend)
+
+
+def probe_dot(
+    hvps: Sequence[Tensor], *, seed: int, probe: int = 0, backend: str | None = None
+) -> Tensor:
+    """Return ⟨v_l, h_l⟩ for every h_l, v_l the signs of layer l, which are never stored.
+
+    With h_l = (Hv)_l this is the sample of Hutchinson's estimator of tr H_l. Every h_l is read
+    once; sums are in float64. Differentiable.
+
+    Args:
+        hvps: L tensors float64/32/16 or bfloat16 of any shapes and strides, on one device.
+        seed: Of the signs, 64 bits.
+        probe: Which probe, 32 bits.
+        backend: None (the dispatcher chooses), "reference", "compiled" or "triton".
+
+    Returns:
+        [L] float32, float64 where a tensor is.
+
+    Raises:
+        ValueError: An empty list, several devices, or seed or probe out of range.
+        TypeError: A tensor is not dense floating-point.
+        RuntimeError: ``backend`` is not available here.
+
+    >>> import torch, lwkd
+    >>> h = 3 * lwkd.ops.rademacher(torch.empty(2, 3), seed=7)
+    >>> lwkd.ops.probe_dot([h], seed=7)
+    tensor([18.])
+    """
+    return hessian.dot("ops.probe_dot", hvps, seed, probe, backend)
+
+
+def trace_discrepancy(
+    tr_s: Tensor, tr_t: Tensor, numel_s: Any, numel_t: Any, *, normalize: bool = True
+) -> Tensor:
+    """Return how far the traces of two networks' Hessians are apart, layer by layer.
+
+    d_l = |tr_S − tr_T| / (|tr_S| + |tr_T| + 1e-12), in [0, 1]; normalize=False:
+    |tr_S/numel_S − tr_T/numel_T|, per parameter.
+
+    Args:
+        tr_s: The student's traces, floating [L].
+        tr_t: The teacher's, [L] on the same device.
+        numel_s: L whole numbers: parameters of the student's layers.
+        numel_t: Of the teacher's.
+        normalize: As above.
+
+    Returns:
+        [L], differentiable.
+
+    Raises:
+        ValueError: Lengths or devices differ, or a number of parameters is not positive.
+        TypeError: Traces are no floating tensors, or normalize is no bool.
+
+    >>> import torch, lwkd
+    >>> lwkd.ops.trace_discrepancy(torch.tensor([3.0]), torch.tensor([1.0]), [4], [4])
+    tensor([0.5000])
+    """
+    return hessian.traces("ops.trace_discrepancy", tr_s, tr_t, numel_s, numel_t, normalize)

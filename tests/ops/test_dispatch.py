@@ -23,7 +23,7 @@ __all__ = ["one_thread"]  # a fixture
 NAMESPACES = ("lwkd", "lwkd_reference", "lwkd_triton")
 OPS = (
     "attention", "attention_backward", "attention_maps", "jacobian_factors", "jacobian_rows",
-    "jacobian_rows_backward",
+    "jacobian_rows_backward", "probe_dot", "rademacher",
 )  # fmt: skip
 # A backend that PyTorch traces through without generating code, and in which a triton kernel of
 # the interpreter is one opaque call as any other.
@@ -133,6 +133,22 @@ def factor_samples() -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
+def rademacher_samples() -> list[tuple[Any, ...]]:
+    x = cases.draw((3, 5, 4, 4), torch.float32, 1)
+    return [(x, 7, 0, 0), (LAYOUTS["channels_last"](x).bfloat16(), -1, 2**32 - 1, 3),
+            (LAYOUTS["strided"](x.double()), 2**40, 1, 1), (x[:0], 0, 0, 0)]  # fmt: skip
+
+
+def probe_samples() -> list[tuple[Any, ...]]:
+    x, y = cases.draw((3, 5, 4, 4), torch.float32, 1), cases.draw((3, 300), torch.bfloat16, 2)
+    return [
+        ([grown(x), y], [0, 1], 7, 0, 0),
+        ([grown(LAYOUTS["channels_last"](x)), grown(y.double())], [3, 2**32 - 1], -1, 5, 3),
+        ([LAYOUTS["strided"](x)], [0], 2**40, 0, 3),
+        ([grown(x[:0])], [1], 0, 0, 0),
+    ]
+
+
 def test_every_overload_is_checked() -> None:
     found = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lwkd")}
     assert found == {f"{namespace}::{op}" for namespace in NAMESPACES for op in OPS}
@@ -155,6 +171,8 @@ def test_opcheck(namespace: str, op: str) -> None:
         "jacobian_factors": factor_samples,
         "jacobian_rows": rows_samples,
         "jacobian_rows_backward": lambda: rows_backward_samples(namespace),
+        "probe_dot": probe_samples,
+        "rademacher": rademacher_samples,
     }[op]()
     for args in samples[: 2 if namespace == "lwkd_triton" else None]:
         result = torch.library.opcheck(overload, args)

@@ -1,0 +1,237 @@
+// CPU kernels of the Hessian kind; lwkd/ops/hessian.py states the formulas. Signs are made where
+// they are needed, 128 at a time, and never stored.
+#include <algorithm>
+#include <vector>
+
+#include "operand.h"
+#include "philox.h"
+#include "pieces.h"
+
+namespace lwkd {
+namespace {
+
+// A tensor's elements in their logical order; neighbouring dimensions merged where memory allows.
+class Logical {
+ public:
+  // Of `x` without its first `skip` dimensions, at index `at` of the first of them.
+  Logical(const Tensor& x, int64_t skip, int64_t at) : dtype(x.scalar_type()) {
+    data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+    if (skip > 0) data += at * x.stride(0) * element_size(dtype);
+    for (int64_t d = skip; d < x.dim(); ++d) {
+      length *= x.size(d);
+      if (x.size(d) == 1) continue;
+      if (!size_.empty() && stride_.back() == x.size(d) * x.stride(d))
+        size_.back() *= x.size(d), stride_.back() = x.stride(d);
+      else
+        size_.push_back(x.size(d)), stride_.push_back(x.stride(d));
+    }
+  }
+
+  // Elements begin, begin + 1, … as numbers of type A, where they lie so.
+  template <typename A>
+  A* direct(int64_t begin) const {
+    const bool same =
+        element_size(dtype) == sizeof(A) && size_.size() <= 1 && (size_.empty() || stride_[0] == 1);
+    return same ? reinterpret_cast<A*>(data) + begin : nullptr;
+  }
+
+  // Calls run(address, stride, first, count) for the runs that cover [begin, end).
+  template <typename Run>
+  void cover(int64_t begin, int64_t end, const Run& run) const {
+    const int64_t inner = size_.empty() ? 1 : size_.back();
+    const int64_t step = size_.empty() ? 0 : stride_.back();
+    for (int64_t at = begin; at < end;) {
+      int64_t offset = 0, index = at / inner;
+      for (int64_t d = int64_t(size_.size()) - 2; d >= 0; --d) {
+        offset += index % size_[d] * stride_[d];
+        index /= size_[d];
+      }
+      const int64_t skipped = at % inner, count = std::min(inner - skipped, end - at);
+      run(data + (offset + skipped * step) * element_size(dtype), step, at - begin, count);
+      at += count;
+    }
+  }
+
+  char* data;
+  ScalarType dtype;
+  int64_t length = 1;
+
+ private:
+  std::vector<int64_t> size_, stride_;
+};
+
+constexpr int64_t kWords = kTile / 32;  // of a tile's signs
+
+// The words of elements [begin, end) of a tile; begin is a multiple of 128.
+inline void words_of(const Probe& probe, int64_t begin, int64_t end, uint32_t* words) {
+  for (int64_t block = begin / 128; block * 128 < end; ++block) {
+    const Words w = probe.block(block);
+    std::copy_n(w.w, 4, words + (block * 128 - begin) / 32);
+  }
+}
+
+// ±x by the bits of a word, from bit `first` on: a clear bit flips the sign.
+LWKD_INLINE Float8 signed_by(Float8 x, uint32_t word, int first) {
+  const Int8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Int8 clear = (~Int8{} ^ (Int8{} + word)) >> (lane + first);
+  return (Float8)((Int8)x ^ (clear << 31));
+}
+LWKD_INLINE float signed_by(float x, uint32_t word, int bit) { return word >> bit & 1 ? x : -x; }
+LWKD_INLINE double signed_by(double x, uint32_t word, int bit) { return word >> bit & 1 ? x : -x; }
+
+// Σ ±x[q] in float64: 16 partial sums, added in one fixed order.
+LWKD_INLINE double sum_signed(const float* x, const uint32_t* words, int64_t count) {
+  Double8 sum[2] = {};
+  int64_t q = 0;
+  for (; q + 16 <= count; q += 16) {
+    read_ahead<16>(x + q);
+    for (int v = 0; v < 2; ++v) {
+      const Float8 y = signed_by(load(x + q + 8 * v), words[q / 32], q % 32 + 8 * v);
+      sum[v] += __builtin_convertvector(y, Double8);
+    }
+  }
+  for (int lane = 0; q < count; ++q, ++lane)
+    sum[lane / 8][lane % 8] += double(signed_by(x[q], words[q / 32], q % 32));
+  return total(halves(sum[0]) + halves(sum[1]));
+}
+LWKD_INLINE double sum_signed(const double* x, const uint32_t* words, int64_t count) {
+  Double8 sum = {};
+  for (int64_t q = 0; q < count; ++q) sum[q % 8] += signed_by(x[q], words[q / 32], q % 32);
+  return total(halves(sum));
+}
+
+LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, float* to) {
+  int64_t q = 0;
+  for (; q + 8 <= count; q += 8) store(signed_by(Float8{} + 1, words[q / 32], q % 32), to + q);
+  for (; q < count; ++q) to[q] = signed_by(1.0f, words[q / 32], q % 32);
+}
+LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, double* to) {
+  for (int64_t q = 0; q < count; ++q) to[q] = signed_by(1.0, words[q / 32], q % 32);
+}
+
+// One ordinary function per type: clones need that.
+#define LWKD_SIGNED(A)                                                              \
+  LWKD_CLONES double signed_sum(const A* x, const uint32_t* words, int64_t count) { \
+    return sum_signed(x, words, count);                                             \
+  }                                                                                 \
+  LWKD_CLONES void signs(const uint32_t* words, int64_t count, A* to) {             \
+    write_signs(words, count, to);                                                  \
+  }
+LWKD_SIGNED(float)
+LWKD_SIGNED(double)
+
+// --- the ops -------------------------------------------------------------------------------------
+
+void check_tensor(const Tensor& x, const char* op, const char* argument, int64_t layer) {
+  const ScalarType dtype = x.scalar_type();
+  const bool floating = dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                        dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  STD_TORCH_CHECK(floating, "lwkd.ops: ", op, ": ", argument, " (layer ", layer,
+                  "): expected float64, float32, float16 or bfloat16, got another dtype");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % element_size(dtype) == 0,
+                  "lwkd.ops: ", op, ": ", argument, " (layer ", layer,
+                  "): expected data aligned to its elements, got a tensor that is not; pass a ",
+                  "clone()");
+}
+
+Tensor rademacher(Tensor like, int64_t seed, int64_t layer, int64_t probe) {
+  check_tensor(like, "rademacher", "like", layer);
+  Tensor out = fresh_like(like);
+  const Logical to(out, 0, 0);
+  const Probe signs_of{static_cast<uint64_t>(seed), static_cast<uint32_t>(layer),
+                       static_cast<uint32_t>(probe)};
+  std::vector<Block> blocks{make_block(1, 1, to.length)};
+  parallel_tasks(blocks, [&](int64_t, int64_t, int64_t begin, int64_t end) {
+    uint32_t words[kWords];
+    words_of(signs_of, begin, end, words);
+    const auto write = [&](auto type) {
+      using A = decltype(type);
+      alignas(64) A buffer[kTile];
+      A* in_place = to.direct<A>(begin);
+      signs(words, end - begin, in_place != nullptr ? in_place : buffer);
+      if (in_place != nullptr) return;
+      with_storage<A>(to.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        to.cover(begin, end, [&](char* at, int64_t stride, int64_t first, int64_t count) {
+          put(buffer + first, reinterpret_cast<T*>(at), stride, count);
+        });
+      });
+    };
+    to.dtype == ScalarType::Double ? write(double{}) : write(float{});
+  });
+  return out;
+}
+
+template <typename A>
+double tile_sum(const Logical& x, const uint32_t* words, int64_t begin, int64_t end) {
+  alignas(64) A buffer[kTile];
+  const A* from = x.direct<A>(begin);
+  if (from == nullptr) {
+    with_storage<A>(x.dtype, [&](auto stored) {
+      using T = decltype(stored);
+      x.cover(begin, end, [&](char* at, int64_t stride, int64_t first, int64_t count) {
+        bring(reinterpret_cast<const T*>(at), stride, count, buffer + first);
+      });
+    });
+    from = buffer;
+  }
+  return signed_sum(from, words, end - begin);
+}
+
+Tensor probe_dot(std::vector<Tensor> hvps, std::vector<int64_t> layers, int64_t seed, int64_t probe,
+                 int64_t probes) {
+  const char* op = "probe_dot";
+  const int64_t count = hvps.size(), each = std::max<int64_t>(probes, 1);
+  STD_TORCH_CHECK(count > 0 && layers.size() == hvps.size(), "lwkd.ops: ", op,
+                  ": hvps: expected at least one, with a layer each, got ", count);
+  std::vector<std::vector<Logical>> items(count);
+  std::vector<Block> blocks;
+  std::vector<int64_t> first;
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    check_tensor(hvps[i], op, "hvps", i);
+    STD_TORCH_CHECK(probes == 0 || (hvps[i].dim() > 0 && hvps[i].size(0) == probes),
+                    "lwkd.ops: ", op, ": hvps (layer ", i, "): expected ", probes,
+                    " probes, got others");
+    for (int64_t k = 0; k < each; ++k) items[i].emplace_back(hvps[i], probes == 0 ? 0 : 1, k);
+    blocks.push_back(make_block(each, 1, items[i][0].length));
+    first.push_back(tiles);
+    tiles += blocks.back().tasks();
+  }
+  std::vector<double> partial(tiles, 0);
+  parallel_tasks(blocks, [&](int64_t i, int64_t k, int64_t begin, int64_t end) {
+    const Logical& x = items[i][k];
+    uint32_t words[kWords];
+    words_of({static_cast<uint64_t>(seed), static_cast<uint32_t>(layers[i]),
+              static_cast<uint32_t>(probe + k)},
+             begin, end, words);
+    partial[first[i] + k * blocks[i].tiles + begin / kTile] =
+        x.dtype == ScalarType::Double ? tile_sum<double>(x, words, begin, end)
+                                      : tile_sum<float>(x, words, begin, end);
+  });
+  const bool wide = any_double(hvps);
+  Tensor out =
+      make(hvps[0], probes == 0 ? std::vector<int64_t>{count} : std::vector<int64_t>{count, probes},
+           wide);
+  const auto conclude = [&](auto* to) {
+    using A = std::remove_pointer_t<decltype(to)>;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < each; ++k) {
+        double sum = 0;
+        for (int64_t t = 0; t < blocks[i].tiles; ++t)
+          sum += partial[first[i] + k * blocks[i].tiles + t];
+        to[i * each + k] = static_cast<A>(sum);
+      }
+  };
+  void* data = out.mutable_data_ptr();
+  wide ? conclude(static_cast<double*>(data)) : conclude(static_cast<float*>(data));
+  return out;
+}
+
+}  // namespace
+}  // namespace lwkd
+
+STABLE_TORCH_LIBRARY_IMPL(lwkd, CPU, m) {
+  m.impl("rademacher", LWKD_BOX(lwkd::rademacher));
+  m.impl("probe_dot", LWKD_BOX(lwkd::probe_dot));
+}
