@@ -65,7 +65,7 @@ constexpr int64_t kWords = kTile / 32;  // of a tile's signs
 // The words of elements [begin, end) of a tile; begin is a multiple of 128.
 inline void words_of(const Probe& probe, int64_t begin, int64_t end, uint32_t* words) {
   for (int64_t block = begin / 128; block * 128 < end; ++block) {
-    const Words w = probe.block(block);
+    const PhiloxWords w = probe.block(block);
     std::copy_n(w.w, 4, words + (block * 128 - begin) / 32);
   }
 }

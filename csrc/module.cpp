@@ -44,8 +44,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "philox",
       [](std::array<uint32_t, 2> key, std::array<uint32_t, 4> counter) {
-        const lwkd::Words out = lwkd::philox(uint64_t(key[1]) << 32 | key[0],
-                                             {{counter[0], counter[1], counter[2], counter[3]}});
+        const lwkd::PhiloxWords out = lwkd::philox(
+            uint64_t(key[1]) << 32 | key[0], {{counter[0], counter[1], counter[2], counter[3]}});
         return std::array<uint32_t, 4>{out.w[0], out.w[1], out.w[2], out.w[3]};
       },
       pybind11::arg("key"), pybind11::arg("counter"),

@@ -12,11 +12,11 @@
 
 namespace lwkd {
 
-struct Words {
+struct PhiloxWords {
   uint32_t w[4];
 };
 
-LWKD_ANYWHERE Words philox(uint64_t key, Words counter) {
+LWKD_ANYWHERE PhiloxWords philox(uint64_t key, PhiloxWords counter) {
   uint32_t low = static_cast<uint32_t>(key), high = static_cast<uint32_t>(key >> 32);
   uint32_t a = counter.w[0], b = counter.w[1], c = counter.w[2], d = counter.w[3];
   for (int round = 0; round < 10; ++round) {
@@ -36,7 +36,7 @@ struct Probe {
   uint64_t seed;
   uint32_t layer, probe;
 
-  LWKD_ANYWHERE Words block(int64_t block) const {
+  LWKD_ANYWHERE PhiloxWords block(int64_t block) const {
     return philox(
         seed, {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), layer, probe}});
   }
