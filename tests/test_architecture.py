@@ -209,8 +209,6 @@ LONGER = {
     "kernels/jacobian.py": (400, "the Triton kernels of rows, forward and backward"),
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
     "lwkd/layers.py": (600, "pairing: names, shapes, the table that is printed, capture"),
-    "lwkd/meters/jacobian.py": (380, "one kind's meter: by parameters, by the input, in a step"),
-    "lwkd/meters/attention.py": (360, "one kind's meter, streaming and not"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),
     "lwkd/ops/factors.py": (360, "one page per op: what an item is, its checks, schema, fake"),
     "lwkd/plotting.py": (320, "one figure, and where its labels go"),

@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
     const double vv = no_less_than_0(ss - 2 * us + uu);  // v = c·G_T
     const double ns = sqrt(ss), nv = sqrt(vv), nt = nv / c;
     if (ns < kEps || nt < kEps) {
-      const double a = fmax(ns, kEps), b = fmax(nt, kEps), st = (ss - us) / c;
+      const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt, st = (ss - us) / c;
       d = ss / (a * a) + vv / (c * c) / (b * b) - 2 * (st / (a * b));
     } else {
       const double x = (2 * us - uu) / (ns + nv);

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.factoring import Calls, Owner, by_parameter, flat
 from lwkd.hooks import Capture, first_tensor, run, untouched
 from lwkd.layers import LayerPairs
 from lwkd.losses.jacobian import common_grid
 from lwkd.meters.blocks import SIDES, Blocks
-from lwkd.meters.calls import Calls
-from lwkd.meters.parameters import Owner, by_parameter, flat, paired, say_what_does_not_factor
+from lwkd.meters.parameters import paired, say_what_does_not_factor
 from lwkd.meters.projection import Projection
 from lwkd.ops import attention_maps, jacobian
 from lwkd.ops.checks import choice, flag, message, number

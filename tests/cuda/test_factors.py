@@ -8,7 +8,6 @@ works in several chunks of samples, groups, rows and outputs.
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import subprocess
 import sys
@@ -198,12 +197,10 @@ def test_no_sanitizer_has_anything_to_say(tmp_path: Path) -> None:
         pytest.skip("this g++ has no sanitizers' runtime")
     flags = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined"]
     path = compile_driver(tmp_path / "factors.so", *flags, driver="factors.cpp")
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "halt_on_error=1", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    settings = [f"LD_PRELOAD={' '.join(runtime)}", "ASAN_OPTIONS=detect_leaks=0",
+                "UBSAN_OPTIONS=halt_on_error=1", "OMP_NUM_THREADS=1"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", _SANITIZED, str(path)], env=environment, cwd=ROOT,
+        ["env", *settings, sys.executable, "-c", _SANITIZED, str(path)], cwd=ROOT,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from lwkd import factoring
+from lwkd.factoring.modules import factor
+from lwkd.factoring.owners import Owner
+from lwkd.factoring.sums import add
 from lwkd.hooks import first_tensor
-from lwkd.meters.parameters import Owner
 from lwkd.ops.checks import message
 from lwkd.ops.factors import Item
 
@@ -119,7 +120,7 @@ class Calls:
             out.setdefault(id(owner), []).append(items)
         self._records = [[] for _ in self._modules]
         return [
-            {n: factoring.add([items[n] for items in out[id(owner)]]) for n in out[id(owner)][0]}
+            {n: add([items[n] for items in out[id(owner)]]) for n in out[id(owner)][0]}
             for owner in self._modules
         ]
 
@@ -140,7 +141,7 @@ class Calls:
             expected = "an input that is left as it was"
             got = "one changed in place after the layer had read it"
             raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
-        return factoring.factor(
+        return factor(
             self._op, owner.name, owner.module, call.inputs, gradient,
             keywords=call.keywords, wanted=owner.wanted,
         )  # fmt: skip

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from lwkd.factoring import attention
+from lwkd.factoring.sums import bias
 from lwkd.ops.checks import message
-from lwkd.ops.convolution import patches_of
-from lwkd.ops.factors import ConvFactors, Factors, Item, form_of
+from lwkd.ops.factors import ConvFactors, Factors, Item
 
 _Batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _Instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -39,7 +40,7 @@ def supports(module: nn.Module) -> bool:
     (True, False)
     """
     if isinstance(module, nn.MultiheadAttention):
-        return _attention_factors(module)
+        return attention.supports(module)
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if hasattr(module, "parametrizations") or not own <= {"weight", "bias"}:
         return False
@@ -98,7 +99,7 @@ def factor(
     if wanted is None:
         wanted = {n for n, p in parameters(module).items() if p.requires_grad}
     if isinstance(module, nn.MultiheadAttention) and supports(module):
-        items = _attention(op, name, module, gradient.detach(), *inputs, **(keywords or {}))
+        items = attention.factor(op, name, module, gradient.detach(), *inputs, **(keywords or {}))
         return {n: item for n, item in items.items() if n in wanted}
     for key, value in (keywords or {}).items():
         if isinstance(value, Tensor):
@@ -136,14 +137,9 @@ def _tokens(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _bias(d: Tensor) -> Factors:
-    """Of what is added to d [N, T, K], or [N, G, T, K], at every t."""
-    return Factors(d.new_ones(1).expand(*d.shape[:-1], 1), d)
-
-
 def _linear(module: nn.Linear, x: Tensor, d: Tensor) -> dict[str, Item]:
     x, d = _tokens(x), _tokens(d)
-    return {"weight": Factors(x, d), "bias": _bias(d)}
+    return {"weight": Factors(x, d), "bias": bias(d)}
 
 
 def _embedding(module: nn.Embedding, x: Tensor, d: Tensor) -> dict[str, Item]:
@@ -163,13 +159,13 @@ def _convolution(module: Any, x: Tensor, d: Tensor) -> dict[str, Item]:
         x, d, module.kernel_size, module.stride, padding, module.dilation, module.groups,
         isinstance(module, _Transposed),
     )  # fmt: skip
-    return {"weight": weight, "bias": _bias(d.flatten(2).mT)}
+    return {"weight": weight, "bias": bias(d.flatten(2).mT)}
 
 
 def _elementwise(normal: Tensor, d: Tensor) -> dict[str, Item]:
     """Of a scale and a shift of K channels, [N, T, K]: a group a channel, of one number each."""
     groups = [z.mT.unsqueeze(3) for z in (normal, d)]
-    return {"weight": Factors(groups[0], groups[1]), "bias": _bias(d)}
+    return {"weight": Factors(groups[0], groups[1]), "bias": bias(d)}
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, d: Tensor) -> dict[str, Item]:
@@ -219,104 +215,6 @@ _TABLE: dict[Any, Callable[..., dict[str, Item]]] = {
     **dict.fromkeys(_Instance, _instance_norm),
 }
 
-# --- multi-head attention ------------------------------------------------------------------------
-
-
-def _attention_factors(module: nn.MultiheadAttention) -> bool:
-    """Whether attention can be run again from its projections: nothing random, nothing appended."""
-    return (
-        type(module).forward is nn.MultiheadAttention.forward
-        and not any(hasattr(m, "parametrizations") for m in module.modules())
-        and module.bias_k is None
-        and not module.add_zero_attn
-        and not (module.training and module.dropout)
-    )
-
-
-def _attention(
-    op: str,
-    name: str,
-    module: nn.MultiheadAttention,
-    d: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> dict[str, Item]:
-    """Of the projections of a call; they are computed once more, in the parameters' dtype.
-
-    The arguments are those of the module's forward. The attention weights that it may return count
-    for nothing.
-    """
-    if query.dim() != 3 or d.shape != (*query.shape[:2], module.embed_dim):
-        expected = f"a query of three dimensions and an output like it, {list(d.shape)}"
-        raise ValueError(message(op, "query", expected, list(query.shape), layer=name))
-    out, dtype = module.out_proj, module.out_proj.weight.dtype
-    weights: Sequence[Tensor]
-    if module.in_proj_weight is None:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    else:
-        weights = module.in_proj_weight.chunk(3)
-    shifts: Sequence[Tensor | None] = (None, None, None)
-    if module.in_proj_bias is not None:
-        shifts = module.in_proj_bias.detach().chunk(3)
-    *xs, d = (
-        (x.detach() if module.batch_first else x.detach().transpose(0, 1)).to(dtype)
-        for x in (query, key, value, d)
-    )
-    mask = _additive(attn_mask, key_padding_mask, module.num_heads, dtype)
-    with torch.enable_grad(), torch.autocast(d.device.type, enabled=False):
-        projected = [
-            F.linear(x, weight.detach(), shift).requires_grad_()
-            for x, weight, shift in zip(xs, weights, shifts, strict=True)
-        ]
-        q, k, v = (z.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for z in projected)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        ds = torch.autograd.grad(mixed, projected, d @ out.weight.detach())
-    packed = query.is_set_to(key) and query.is_set_to(value)
-    both = torch.cat(ds, 2) if packed else _groups(ds)
-    items: dict[str, Item]
-    if module.in_proj_weight is None:
-        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        items = {n: Factors(x, dx) for n, x, dx in zip(names, xs, ds, strict=True)}
-    else:
-        items = {"in_proj_weight": Factors(xs[0] if packed else _groups(xs), both)}
-    if module.in_proj_bias is not None:
-        items["in_proj_bias"] = _bias(both)
-    items["out_proj.weight"] = Factors(mixed.detach(), d)
-    if out.bias is not None:
-        items["out_proj.bias"] = _bias(d)
-    return items
-
-
-def _groups(parts: Sequence[Tensor]) -> Tensor:
-    """[N, T, K] each, T its own, as [N, G, longest T, K], zeros behind."""
-    longest = max(x.shape[1] for x in parts)
-    return torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in parts], 1)
-
-
-def _additive(
-    attention: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Both masks of multi-head attention as one that is added, [N or 1, heads or 1, T or 1, S]."""
-    masks = []
-    if attention is not None:
-        masks.append(attention if attention.dim() == 2 else attention.unflatten(0, (-1, heads)))
-    if padding is not None:
-        masks.append(padding[:, None, None])
-    total: Tensor | None = None
-    for mask in masks:
-        added = mask.to(dtype)
-        if mask.dtype == torch.bool:
-            added = torch.zeros_like(added).masked_fill_(mask, -torch.inf)
-        total = added if total is None else total + added
-    return total
-
-
 # --- what is not known ---------------------------------------------------------------------------
 
 
@@ -362,43 +260,3 @@ def _per_sample(
         raise RuntimeError(message(op, "module", expected, got, layer=name)) from error
     ones = d.new_ones(len(d), 1, 1)
     return {n: Factors(ones, g.flatten(1)[:, None]) for n, g in grads.items()}
-
-
-# --- a parameter that is used more than once -----------------------------------------------------
-
-
-def add(items: Sequence[Item]) -> Item:
-    """Return the item of the sum of gradients: a weight's that was used several times.
-
-    Factors are put one behind the other along T; convolutions are unfolded for that.
-
-    >>> a, d = torch.rand(2, 4, 3), torch.rand(2, 4, 5)
-    >>> add([Factors(a, d), Factors(a, d)]).a.shape
-    torch.Size([2, 8, 3])
-    """
-    if len(items) == 1:
-        return items[0]
-    dense = [_dense(item) for item in items]
-    if len({item.a.dtype == torch.int64 for item in dense}) > 1:  # an embedding's and a Linear's
-        linear = next(item for item in dense if item.a.dtype != torch.int64)
-        dense = [_transposed_rows(item, linear.d.shape[-1]) for item in dense]
-    dtype = dense[0].d.dtype
-    for item in dense[1:]:
-        dtype = torch.promote_types(dtype, item.d.dtype)
-    rows = dense[0].a.dtype == torch.int64
-    a = torch.cat([item.a if rows else item.a.to(dtype) for item in dense], 1 if rows else -2)
-    return Factors(a, torch.cat([item.d.to(dtype) for item in dense], -2))
-
-
-def _dense(item: Item) -> Factors:
-    if isinstance(item, Factors):
-        return item
-    a, d = patches_of(item.x, item.d, form_of(item))
-    return Factors(a, d)
-
-
-def _transposed_rows(item: Factors, rows: int) -> Factors:
-    """An embedding's gradient as that of the Linear it is tied to: d of ones at its rows."""
-    if item.a.dtype != torch.int64:
-        return item
-    return Factors(item.d, F.one_hot(item.a, rows).to(item.d.dtype))
