@@ -10,6 +10,7 @@
 namespace lwkd {
 
 enum Form { kDense, kIndices, kConvolution };  // lwkd/ops/factors_reference.py
+constexpr int64_t kSquares = 3;                // of how
 constexpr int64_t kForm = 15;  // form, groups, transposed, and four numbers for three dimensions
 
 inline void check_factor(const Tensor& a, const Tensor& d, const int64_t* form,
@@ -58,6 +59,7 @@ struct FactorLists {
   std::vector<Tensor> a[2], d[2];  // student's and teacher's
   std::vector<int64_t> layers, forms, contractions;
   How how = kDifference;
+  bool squares = false;  // ‖G_S‖² is wanted, and nothing is read of the teacher
   int64_t samples = 0;
 
   const int64_t* form(size_t item, int side) const { return &forms[(2 * item + side) * kForm]; }
@@ -74,7 +76,8 @@ struct FactorLists {
                         contractions.size() == count && forms.size() == 2 * kForm * count,
                     op, "teacher: expected ", count,
                     " items, as of student, each with a layer, two forms and a contraction");
-    how = read_how(how_number, "jacobian_factors");
+    squares = how_number == kSquares;
+    how = squares ? kNorms : read_how(how_number, "jacobian_factors");
     samples = d[0][0].dim() > 0 ? d[0][0].size(0) : 0;
     for (size_t i = 0; i < count; ++i) {
       STD_TORCH_CHECK(layers[i] >= 0 &&

@@ -58,6 +58,7 @@ struct Work {
   std::vector<Job> jobs;
   int64_t layers = 0, samples = 0;
   How how = kDifference;
+  bool squares = false;  // what is wanted is ‖G_S‖²
 
   std::vector<Guess> guesses;  // [jobs, N]
   std::vector<double> c;       // [L, N]
@@ -185,7 +186,8 @@ std::vector<double> distances(Work& work) {
     for (size_t at = 0; at < out.size(); ++at) {
       if (!work.active[at]) continue;
       double c = 0;
-      out[at] = distance_of(work.sums[at], work.how, work.c[at], &c);
+      out[at] = work.squares ? std::max(work.sums[at][0], 0.0)
+                             : distance_of(work.sums[at], work.how, work.c[at], &c);
       if (round < kRounds && c > 0 && std::isfinite(c)) work.c[at] = c, mend[at] = 1;
     }
     for (size_t i = 0; work.how != kNorms && i < work.jobs.size(); ++i)
@@ -218,7 +220,7 @@ Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> stude
   FactorLists in{{student_a, teacher_a}, {student_d, teacher_d}, layers, forms, contractions};
   in.check(how_number);
   Work work;
-  work.how = in.how;
+  work.how = in.how, work.squares = in.squares;
   work.samples = in.samples;
   for (size_t i = 0; i < layers.size(); ++i) {
     Job job;
@@ -228,6 +230,7 @@ Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> stude
     if (work.how == kNorms) {
       simplify(job.student, nullptr), simplify(teacher, nullptr);
       work.jobs.push_back(job);
+      if (work.squares) continue;
       job.student = teacher, job.slot = 1;
       work.jobs.push_back(job);
       continue;

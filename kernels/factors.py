@@ -31,6 +31,7 @@ __all__ = ["distances"]
 
 _NORMALIZED, _NORMS = tl.constexpr(NORMALIZED), tl.constexpr(NORMS)
 _EPS = tl.constexpr(1e-12)
+SQUARES = 3  # of ``how``: ‖G_S‖², and nothing of the teacher
 _PASSES = 3
 _NOISE = tl.constexpr(1e-5)  # from one square to another: below, it is half or more rounding
 
@@ -192,15 +193,17 @@ def plan_distances(
     distance = like.new_empty(shape, dtype=dtype)
     each = like.new_empty((length, n), dtype=torch.float64) if mean else distance
     jobs: list[list[tuple[int, Job]]] = [[] for _ in range(length)]  # of a layer: (item, job)
+    way = NORMS if how == SQUARES else how
     for i, layer in enumerate(layers):
         s, t = (student_a[i], student_d[i]), (teacher_a[i], teacher_d[i])
         form, other = (forms[(2 * i + k) * FORM : (2 * i + k + 1) * FORM] for k in (0, 1))
         gram = contractions[i] == 0
-        if how == NORMS:
-            jobs[layer].append((i, job_of([s], form, gram, how)))
-            jobs[layer].append((i, job_of([t], other, gram, how)._replace(side=1)))
+        if way == NORMS:
+            jobs[layer].append((i, job_of([s], form, gram, way)))
+            if how == NORMS:
+                jobs[layer].append((i, job_of([t], other, gram, way)._replace(side=1)))
         else:
-            jobs[layer].append((i, job_of([s, t], form, gram, how)))
+            jobs[layer].append((i, job_of([s, t], form, gram, way)))
     # c and whether a sample is to be done, of every layer; c_a of every item.
     state = torch.ones((2 * length + len(layers), n), dtype=torch.float64, device=like.device)
     keep_alive: list[Any] = [each, jobs, state]

@@ -66,7 +66,9 @@ std::vector<FactorItem> read_items(const FactorLists& in) {
     items.back().side = sides.size() == 1 ? sides[0] : 0;
   };
   for (size_t i = 0; i < in.layers.size(); ++i) {
-    if (in.how == lwkd::kNorms)
+    if (in.squares)
+      add(i, {0});
+    else if (in.how == lwkd::kNorms)
       add(i, {0}), add(i, {1});
     else
       add(i, {0, 1});
@@ -87,7 +89,8 @@ Tensor jacobian_factors(std::vector<Tensor> student_a, std::vector<Tensor> stude
   const Tensor out = make(student_d[0], shape, in.wide());
   const auto run = [&](auto* to) {
     using A = std::remove_pointer_t<decltype(to)>;
-    FactorCall<A, Multiplier>(gpu, items, in.length(), in.samples, in.how).run(mean, to);
+    const int32_t way = in.squares ? kSquareNorms : static_cast<int32_t>(in.how);
+    FactorCall<A, Multiplier>(gpu, items, in.length(), in.samples, way).run(mean, to);
   };
   void* data = out.mutable_data_ptr();
   in.wide() ? run(static_cast<double*>(data)) : run(static_cast<float*>(data));

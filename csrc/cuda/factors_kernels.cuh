@@ -19,6 +19,9 @@ namespace lwkd::cuda {
 // What is summed of a parameter and sample.
 enum Slot : int32_t { kOwnSquare, kOtherSquare, kStackSquare, kStackOwn, kOwnA, kOtherA, kSlots };
 
+// A way of factors alone: ‖G_S‖², and nothing of a teacher.
+constexpr int32_t kSquareNorms = 3;
+
 // Rows of an operand: one network's, or those of the stack, twice as many:
 //   of a   a_S, and then a_S − c_a·a_T         of δ   δ_S − c_d·δ_T, and then c_d·δ_T
 enum Mixture : int32_t { kStudentRows, kTeacherRows, kStackA, kStackD };
@@ -246,6 +249,8 @@ __global__ void __launch_bounds__(kThreads)
   double d;
   if (way == kDifference) {
     d = sum(kStackSquare);
+  } else if (way == kSquareNorms) {
+    d = no_less_than_0(sum(kOwnSquare));
   } else if (way == kNorms) {
     const double ns = sqrt(no_less_than_0(sum(kOwnSquare)));
     const double nt = sqrt(no_less_than_0(sum(kOtherSquare)));

@@ -167,7 +167,12 @@ class FactorCall {
  public:
   FactorCall(Launcher& gpu, const std::vector<FactorItem>& items, int64_t layers, int64_t samples,
              int32_t way)
-      : gpu_(gpu), items_(items), layers_(layers), samples_(samples), way_(way) {}
+      : gpu_(gpu),
+        items_(items),
+        layers_(layers),
+        samples_(samples),
+        way_(way == kSquareNorms ? kNorms : way),
+        wanted_(way) {}
 
   // Writes out, [L] of the mean or [L, N].
   void run(bool mean, A* out) {
@@ -201,10 +206,10 @@ class FactorCall {
       const int64_t blocks = ceil_div(samples_, kThreads);
       if (mean)
         gpu_.launch(factor_distance_kernel<double>, blocks, kThreads, 0, sums_of(first), items,
-                    samples_, way_, scratch.at<double>(each) + layer * samples_);
+                    samples_, wanted_, scratch.at<double>(each) + layer * samples_);
       else
         gpu_.launch(factor_distance_kernel<A>, blocks, kThreads, 0, sums_of(first), items, samples_,
-                    way_, out + layer * samples_);
+                    wanted_, out + layer * samples_);
     });
     if (mean)
       gpu_.launch(mean_kernel<A>, layers_, kThreads, kTeamBytes, scratch.at<const double>(each),
@@ -404,7 +409,7 @@ class FactorCall {
   Launcher& gpu_;
   const std::vector<FactorItem>& items_;
   int64_t layers_, samples_;
-  int32_t way_;
+  int32_t way_, wanted_;
   double *sums_ = nullptr, *coefficients_ = nullptr, *partials_ = nullptr;
   A* arena_ = nullptr;
   int64_t item_ = 0;

@@ -31,7 +31,7 @@ from torch import Tensor
 from lwkd.ops import backends
 from lwkd.ops import factors_reference as reference
 from lwkd.ops.checks import choice, flag, message
-from lwkd.ops.jacobian_reference import COMPARISONS, how
+from lwkd.ops.jacobian_reference import COMPARISONS, SQUARES, how
 from lwkd.ops.operands import DTYPES, compute_dtype
 
 CONTRACTIONS = ("gram", "direct")
@@ -129,6 +129,25 @@ def discrepancy(
         namespace, *flat, layers, forms, ways, how(normalize, compare), reduction == "mean"
     )
     return distance
+
+
+def squares(
+    op: str, items: Sequence[Any], backend: str | None = None, *, contraction: str | None = None
+) -> Tensor:
+    """Return ‖G_n‖² [L, N] of L items of factors."""
+    sides, layers = _flatten(op, items, items)
+    first = _operands(sides[0][0])[0]
+    for layer, item in zip(layers, sides[0], strict=True):
+        _check_item(op, "items", item, layer, first)
+    forms = [word for item in sides[0] for word in 2 * form_of(item)]
+    ways = [contraction or choose_contraction(item, stacked=False) for item in sides[0]]
+    ways = ["gram" if form_of(x)[0] == reference.INDICES else way
+            for x, way in zip(sides[0], ways, strict=True)]  # fmt: skip
+    namespace = FACTORS.choose(op, backend, first.device)
+    a, d = ([_operands(item)[k] for item in sides[0]] for k in (0, 1))
+    indices = [CONTRACTIONS.index(way) for way in ways]
+    norms: Tensor = FACTORS(namespace, a, d, a, d, layers, forms, indices, SQUARES, False)
+    return norms
 
 
 def _flatten(
@@ -289,11 +308,12 @@ def form_of(item: Item) -> list[int]:
     return out
 
 
-def choose_contraction(item: Item) -> str:
+def choose_contraction(item: Item, *, stacked: bool = True) -> str:
     """The contraction that takes fewer operations for this item: "gram" or "direct".
 
     A gram of 2T rows is symmetric: 2T·2T·(d_in + d_out) operations a sample and group, against
-    2·2T·d_in·d_out. Of a convolution a gram counts four times: it wants the patches in memory.
+    2·2T·d_in·d_out; not stacked there are T rows. Of a convolution a gram counts four times: it
+    wants the patches in memory.
     """
     weight = 4 if isinstance(item, ConvFactors) else 1
     if isinstance(item, ConvFactors):
@@ -306,7 +326,8 @@ def choose_contraction(item: Item) -> str:
         return "gram"
     else:
         rows, inputs, outputs = item.a.shape[-2], item.a.shape[-1], item.d.shape[-1]
-    return "gram" if weight * rows * (inputs + outputs) < inputs * outputs else "direct"
+    terms = weight * rows * (inputs + outputs)
+    return "gram" if terms < (1 if stacked else 2) * inputs * outputs else "direct"
 
 
 # --- fake, autograd ----------------------------------------------------------------------------

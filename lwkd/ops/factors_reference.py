@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lwkd.ops.convolution import patches_of, weight_of
-from lwkd.ops.jacobian_reference import EPS, NORMALIZED, NORMS
+from lwkd.ops.jacobian_reference import EPS, NORMALIZED, NORMS, SQUARES
 from lwkd.ops.operands import compute_dtype
 
 DENSE, INDICES, CONVOLUTION = 0, 1, 2  # the first of the integers that say what an item is
@@ -73,6 +73,8 @@ def distances(
 def _layer(pairs: Sequence[_Pair], how: int, dtype: torch.dtype, n: int) -> Tensor:
     """D [N] of one layer in float64: the squares and products of its parameters are added."""
     zero = torch.zeros(n, dtype=torch.float64, device=pairs[0].student.d.device)
+    if how == SQUARES:
+        return _square(pairs, 0, dtype, zero)
     if how == NORMS:
         ns, nt = (_square(pairs, side, dtype, zero).sqrt() for side in (0, 1))
         whole = ns + nt

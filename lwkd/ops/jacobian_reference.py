@@ -14,6 +14,7 @@ from lwkd.ops.operands import compute_dtype
 
 EPS = 1e-12
 DIFFERENCE, NORMALIZED, NORMS = 0, 1, 2  # what `how` says to the kernels
+SQUARES = 3  # of factors alone: ‖G_S‖², and nothing of the teacher
 COMPARISONS = ("difference", "norms")
 
 

@@ -131,6 +131,11 @@ def test_empty(target: Any) -> None:
     battery.test_empty(target)
 
 
+@battery.contractions
+def test_squares(target: Any, contraction: str) -> None:
+    battery.test_squares(target, contraction)
+
+
 # --- chunks --------------------------------------------------------------------------------------
 
 

@@ -467,3 +467,23 @@ def test_errors(name: str) -> None:
     assert type(caught.value) is exception
     assert text in str(caught.value)
     assert str(caught.value).startswith("lwkd.ops.layer_discrepancy: ")
+
+
+# --- norms alone ---------------------------------------------------------------------------------
+
+
+@contractions
+@each_target
+def test_squares(target: Target, contraction: str) -> None:
+    """‖G_n‖² of every kind of item, a tuple's added."""
+    target.require()
+    names = FEW if target.slow else [name for name in NAMES if name != "many rows"]
+    kept = [items(name, 3) for name in names]
+    rows = torch.randint(6, (N, 9), generator=torch.Generator().manual_seed(1))
+    kept.append(Factors(rows, draw(N, 9, 5, seed=1)))
+    want = torch.stack([gradient(item, 6).square().sum(1) for item in kept])
+    moved = [there(target, item) for item in kept]
+    got = factors.squares("test", moved, target.backend, contraction=contraction).cpu()
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
+    chosen = factors.squares("test", moved, target.backend).cpu()
+    torch.testing.assert_close(chosen, want, rtol=1e-11, atol=0)
