@@ -2,6 +2,7 @@
 
 from lwkd import losses, ops
 from lwkd._version import __version__
+from lwkd.curvature import TraceEstimate, hessian_trace
 from lwkd.layers import LayerPair, LayerPairs, pair_layers
 from lwkd.meters import AttentionMeter, JacobianMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
@@ -12,7 +13,9 @@ __all__ = [
     "LayerPair",
     "LayerPairs",
     "LayerwiseLR",
+    "TraceEstimate",
     "__version__",
+    "hessian_trace",
     "losses",
     "ops",
     "pair_layers",

@@ -271,7 +271,7 @@ def compiled_module(network: nn.Module) -> str | None:
 
 
 @contextmanager
-def untouched(*networks: nn.Module) -> Iterator[None]:
+def untouched(*networks: nn.Module, evaluate: bool = True) -> Iterator[None]:
     """Run networks in eval mode, without gradients and uncompiled, and leave them as they were.
 
     Modes, buffers (such as BatchNorm's statistics), ``.grad`` and torch's generators are what they
@@ -279,6 +279,7 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
 
     Args:
         networks: The modules that will run.
+        evaluate: Put them in eval mode meanwhile.
 
     >>> net = nn.BatchNorm1d(3).train()
     >>> with untouched(net):
@@ -301,7 +302,7 @@ def untouched(*networks: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.callback(_restore, modules, buffers, values)
         for module in modules:
-            module.training = False
+            module.training = module.training and not evaluate
         yield
 
 

@@ -249,7 +249,7 @@ def pair_layers(
         if not isinstance(network, nn.Module):
             raise TypeError(message(_OP, side, "an nn.Module", _short(network)))
     compiled = next((side for side, n in sides if compiled_module(n) is not None), None)
-    networks = _unwrap(student), _unwrap(teacher)
+    networks = unwrap(student), unwrap(teacher)
     if networks[0] is networks[1]:
         raise ValueError(message(_OP, "teacher", "another network", "the student itself"))
     layers = named_layers(networks[0]), named_layers(networks[1])
@@ -275,7 +275,13 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
     return module.module if isinstance(module, wrappers) else None
 
 
-def _unwrap(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network inside DDP, torch.compile or averaging wrappers.
+
+    >>> plain = nn.Linear(2, 2)
+    >>> unwrap(nn.DataParallel(plain)) is plain
+    True
+    """
     while (inner := _wrapped(network)) is not None:
         network = inner
     return network
@@ -295,9 +301,9 @@ def named_layers(network: nn.Module) -> dict[str, nn.Module]:
     ['0', '0.0', '1']
     """
     layers: dict[str, nn.Module] = {}
-    for name, child in _unwrap(network)._modules.items():
+    for name, child in unwrap(network)._modules.items():
         if child is not None:
-            layers[name] = _unwrap(child)
+            layers[name] = unwrap(child)
             layers.update((f"{name}.{k}", m) for k, m in named_layers(child).items())
     return layers
 

@@ -102,14 +102,43 @@ class Calls:
                 on, or an input that was changed in place after the call.
             ValueError: A module that has another number than ``samples`` first.
         """
-        flat = [(owner, call) for owner, calls in self._each() for call in calls]
-        grads: Sequence[Tensor | None]
+        edges = [self.edges(i) for i in range(len(self._modules))]
+        grads: Iterator[Tensor | None]
         if scalar is None:
-            grads = [sum(call.heard[1:], call.heard[0]) if call.heard else None for _, call in flat]
+            every = [call for calls in self._records for call in calls]
+            grads = iter([sum(c.heard[1:], c.heard[0]) if c.heard else None for c in every])
         else:
-            grads = torch.autograd.grad(scalar, [c.edge for _, c in flat], allow_unused=True)
-        out: dict[int, list[dict[str, Item]]] = {}
-        for (owner, call), g in zip(flat, grads, strict=True):
+            flat = [edge for own in edges for edge in own]
+            grads = iter(torch.autograd.grad(scalar, flat, allow_unused=True))
+        out = [self.items_of(i, [next(grads) for _ in own], samples) for i, own in enumerate(edges)]
+        self._records = [[] for _ in self._modules]
+        return out
+
+    def edges(self, i: int) -> list[Any]:
+        """Where gradients by the outputs of module i can be asked for, one a call.
+
+        Raises:
+            RuntimeError: The module did not run.
+        """
+        if not self._records[i]:
+            expected, got, name = (
+                "the layer to run in the forward",
+                "no call",
+                self._modules[i].name,
+            )
+            raise RuntimeError(message(self._op, self._side, expected, got, layer=name))
+        return [call.edge for call in self._records[i]]
+
+    def items_of(
+        self, i: int, gradients: Sequence[Tensor | None], samples: int | None = None
+    ) -> dict[str, Item]:
+        """The items of module i by parameter, from the gradient by the output of every call.
+
+        Raises:
+            As :meth:`items`.
+        """
+        owner, found = self._modules[i], []
+        for call, g in zip(self._records[i], gradients, strict=True):
             items = self._factor(owner, call, g)
             for item in items.values():
                 if samples is not None and len(item.d) != samples:
@@ -117,19 +146,8 @@ class Calls:
                     raise ValueError(
                         message(self._op, self._side, expected, len(item.d), layer=owner.name)
                     )
-            out.setdefault(id(owner), []).append(items)
-        self._records = [[] for _ in self._modules]
-        return [
-            {n: add([items[n] for items in out[id(owner)]]) for n in out[id(owner)][0]}
-            for owner in self._modules
-        ]
-
-    def _each(self) -> Iterator[tuple[Owner, list[Call]]]:
-        for owner, calls in zip(self._modules, self._records, strict=True):
-            if not calls:
-                expected, got = "the layer to run in the forward", "no call"
-                raise RuntimeError(message(self._op, self._side, expected, got, layer=owner.name))
-            yield owner, calls
+            found.append(items)
+        return {n: add([items[n] for items in found]) for n in found[0]}
 
     def _factor(self, owner: Owner, call: Call, gradient: Tensor | None) -> dict[str, Item]:
         if gradient is None:

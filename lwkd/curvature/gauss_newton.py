@@ -1,0 +1,208 @@
+"""The loss's Hessian by the outputs, sample by sample, as random vectors or as columns.
+
+    cross-entropy          s²(diag p − ppᵀ)       v = s(onehot(ŷ) − p), ŷ ~ p
+                                                  columns s√p_c (onehot(c) − p)
+    elementwise losses     diag h                 v = √h · signs, columns √h_j e_j
+
+E[vvᵀ] is that Hessian, and so is the sum over columns. s² is the weight that the loss gives a
+position by its true target (0 for ignored ones), over what the loss divides by.
+Sources: Schraudolph 2002; Martens 2020; Dangel, Kunstner & Hennig 2020 (BackPACK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwkd.ops import philox
+from lwkd.ops.checks import message
+
+_MODULES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    nn.CrossEntropyLoss: (
+        F.cross_entropy, ("weight", "ignore_index", "reduction", "label_smoothing")
+    ),
+    nn.BCEWithLogitsLoss: (
+        F.binary_cross_entropy_with_logits, ("weight", "reduction", "pos_weight")
+    ),
+    nn.BCELoss: (F.binary_cross_entropy, ("weight", "reduction")),
+    nn.MSELoss: (F.mse_loss, ("reduction",)),
+}  # fmt: skip
+
+
+class OutputHessian:
+    """A loss's Hessian by the outputs of one batch.
+
+    Args:
+        vectors: Returns v like the outputs, from (seed, probe).
+        columns: Returns the columns of its square root, each like the outputs.
+    """
+
+    def __init__(
+        self, vectors: Callable[[int, int], Tensor], columns: Callable[[], Iterator[Tensor]]
+    ) -> None:
+        self.vectors, self.columns = vectors, columns
+
+
+def known_loss(loss_fn: Any) -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
+    """The function that a loss is, and its options; None for one whose Hessian is not known."""
+    options: dict[str, Any] = {}
+    while isinstance(loss_fn, partial) and not loss_fn.args:
+        options = {**loss_fn.keywords, **options}
+        loss_fn = loss_fn.func
+    kind = type(loss_fn)
+    if kind in _MODULES:
+        function, names = _MODULES[kind]
+        return function, {n: getattr(loss_fn, n) for n in names}
+    for function, names in _MODULES.values():
+        if loss_fn is function and set(options) <= set(names):
+            return function, options
+    return None
+
+
+def output_hessian(op: str, loss_fn: Any, output: Tensor, target: Any) -> OutputHessian:
+    """The Hessian of a known loss by the outputs [N, ...].
+
+    Raises:
+        ValueError: A loss that is not known, or targets out of range.
+    """
+    known = known_loss(loss_fn)
+    if known is None:
+        expected = (
+            "cross-entropy, binary cross-entropy or squared error (the function, its module, or a "
+            "functools.partial of it); other losses: estimator='hutchinson' or 'block'"
+        )
+        got = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ValueError(message(op, "loss_fn", expected, got))
+    function, options = known
+    with torch.no_grad():
+        if function is F.cross_entropy:
+            return _cross_entropy(op, output.detach(), target, **options)
+        h = _CURVATURES[function](output.detach().double(), target, **options)
+    return _elementwise(output, h)
+
+
+# --- cross-entropy -------------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    op: str,
+    output: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> OutputHessian:
+    """Of outputs [N, C, *positions] (or [C]) and targets, indices or probabilities."""
+    dim = 1 if output.dim() > 1 else 0
+    classes = output.shape[dim]
+    p = output.movedim(dim, -1).double().softmax(-1)  # [N, *positions, C]
+    weights = p.new_ones(classes) if weight is None else weight.to(p)
+    smooth = label_smoothing * weights.sum() / classes
+    if target.is_floating_point():
+        own = (target.movedim(dim, -1).double() * weights).sum(-1)
+        squares = (1 - label_smoothing) * own + smooth
+        whole = own.new_tensor(p[..., 0].numel())
+    else:
+        counts = target != ignore_index
+        if bool(((target < 0) | (target >= classes))[counts].any()):
+            expected = f"class indices in [0, {classes}), or ignore_index={ignore_index}"
+            got = f"{int(target.min())} to {int(target.max())}"
+            raise ValueError(message(op, "target", expected, got))
+        own = torch.where(counts, weights[target.clamp(0, classes - 1)], 0.0)
+        squares = torch.where(counts, (1 - label_smoothing) * own + smooth, 0.0)
+        whole = own.sum()
+    s = (squares / (whole if reduction == "mean" else 1)).sqrt()
+    n = p.shape[0] if output.dim() > 1 else 1
+    rows = p.reshape(n, -1, classes)
+
+    def shaped(v: Tensor) -> Tensor:
+        return v.reshape(p.shape).movedim(-1, dim).to(output.dtype)
+
+    def vectors(seed: int, probe: int) -> Tensor:
+        u = uniform(n, rows.shape[1], seed, probe, rows.device)
+        drawn = (rows.cumsum(-1) < u[..., None]).sum(-1).clamp(max=classes - 1)
+        return shaped(s.reshape(n, -1, 1) * (F.one_hot(drawn, classes) - rows))
+
+    def columns() -> Iterator[Tensor]:
+        for t in range(rows.shape[1]):  # positions of one sample share its gradient
+            for c in range(classes):
+                v = torch.zeros_like(rows)
+                root = s.reshape(n, -1)[:, t, None] * rows[:, t, c, None].sqrt()
+                one = F.one_hot(torch.tensor(c, device=rows.device), classes)
+                v[:, t] = root * (one - rows[:, t])
+                yield shaped(v)
+
+    return OutputHessian(vectors, columns)
+
+
+def uniform(n: int, positions: int, seed: int, probe: int, device: torch.device) -> Tensor:
+    """Float64 [n, positions] in [0, 1): 53 bits of Philox counter (n, position, 2³²−1, probe)."""
+    rows = torch.arange(n, dtype=torch.int64, device=device)[:, None].expand(n, positions)
+    columns = torch.arange(positions, dtype=torch.int64, device=device).expand(n, positions)
+    rest = [torch.full_like(rows, v) for v in (philox.OUTPUTS, probe)]
+    key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    words = philox.words(key, [rows, columns, *rest])
+    return (words[..., 0] * 2**21 + (words[..., 1] >> 11)).double() * 2.0**-53
+
+
+# --- losses of one element at a time -------------------------------------------------------------
+
+
+def _squared_error(x: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    return _reduced(torch.full_like(x, 2.0), reduction)
+
+
+def _binary(
+    x: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Of probabilities x."""
+    y = target.double()
+    h = y / x.square() + (1 - y) / (1 - x).square()
+    return _reduced(h if weight is None else h * weight, reduction)
+
+
+def _binary_with_logits(
+    x: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    p, y = x.sigmoid(), target.double()
+    h = p * (1 - p) * (1 if pos_weight is None else pos_weight * y + (1 - y))
+    return _reduced(h if weight is None else h * weight, reduction)
+
+
+def _reduced(h: Tensor, reduction: str) -> Tensor:
+    return h / h.numel() if reduction == "mean" else h
+
+
+_CURVATURES: dict[Any, Callable[..., Tensor]] = {
+    F.mse_loss: _squared_error,
+    F.binary_cross_entropy: _binary,
+    F.binary_cross_entropy_with_logits: _binary_with_logits,
+}
+
+
+def _elementwise(output: Tensor, h: Tensor) -> OutputHessian:
+    root = h.expand(output.shape).sqrt()
+
+    def vectors(seed: int, probe: int) -> Tensor:
+        return (root * philox.signs(root, seed, philox.OUTPUTS, probe)).to(output.dtype)
+
+    def columns() -> Iterator[Tensor]:
+        flat = root.reshape(len(root), -1)
+        for j in range(flat.shape[1]):
+            v = torch.zeros_like(flat)
+            v[:, j] = flat[:, j]
+            yield v.reshape(root.shape).to(output.dtype)
+
+    return OutputHessian(vectors, columns)

@@ -1,0 +1,125 @@
+"""What a trace is asked of: layers by name, their parameters, and the modules that own these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lwkd.factoring import Owner, owners
+from lwkd.layers import named_layers, plain_name
+from lwkd.ops.checks import message, suggest
+
+
+class Target(NamedTuple):
+    """A layer, its trained parameters, and every module of the network that has one of them."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    indices: tuple[int, ...]  # of the parameters' signs
+    owners: tuple[Owner, ...]
+
+
+def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> list[Target]:
+    """The layers by name, or all modules that have trained parameters of their own.
+
+    Args:
+        op: The public name of the caller, for errors.
+        network: Without wrappers.
+        layers: Names of modules (everything inside them counts) or of parameters.
+
+    Raises:
+        TypeError: No list of names.
+        ValueError: A name that is unknown or twice there, or a layer without trained parameters.
+    """
+    modules = {"": network, **named_layers(network)}
+    known = {
+        f"{name}.{n}".lstrip("."): p
+        for name, module in modules.items()
+        for n, p in module.named_parameters(recurse=False)
+    }
+    if layers is None:
+        layers = [name for name, module in modules.items()
+                  if any(p.requires_grad for p in module.parameters(recurse=False))]  # fmt: skip
+    elif isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise TypeError(message(op, "layers", "None or a list of names", repr(layers)))
+    if not layers:
+        raise ValueError(message(op, "layers", "a network with trained parameters", "none"))
+    counter: dict[int, int] = {}
+    found: list[Target] = []
+    for asked in layers:
+        name = plain_name(asked, [*modules, *known]) if isinstance(asked, str) else asked
+        inside = _inside(op, name, modules, known)
+        if not inside:
+            expected = "a layer with trained parameters"
+            raise ValueError(message(op, "layers", expected, "none", layer=asked))
+        if name in [target.name for target in found]:
+            raise ValueError(message(op, "layers", "every layer once", "twice", layer=asked))
+        indices = tuple(counter.setdefault(id(p), len(counter)) for p in inside)
+        wanted = {id(p) for p in inside}
+        own = owners("", network, lambda _, p: id(p) in wanted)  # noqa: B023
+        found.append(Target(name, tuple(inside), indices, tuple(own)))
+    return found
+
+
+def _inside(
+    op: str, name: Any, modules: dict[str, nn.Module], known: dict[str, nn.Parameter]
+) -> list[nn.Parameter]:
+    """The trained parameters of a layer, each once."""
+    if name in known:
+        return [known[name]] if known[name].requires_grad else []
+    if name not in modules:
+        hint = suggest(name, [*modules, *known]) if isinstance(name, str) else ""
+        expected = "names of modules or parameters"
+        raise ValueError(message(op, "layers", expected, f"{name!r}{hint}"))
+    return [p for p in modules[name].parameters() if p.requires_grad]
+
+
+def every_parameter(targets: Sequence[Target]) -> tuple[list[nn.Parameter], list[int]]:
+    """The parameters of all layers, each once, and the layer indices of their signs."""
+    by_index = {i: p for t in targets for i, p in zip(t.indices, t.parameters, strict=True)}
+    return [by_index[i] for i in sorted(by_index)], sorted(by_index)
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def batches_of(op: str, batch: Any) -> Iterator[tuple[Any, Any]]:
+    """(inputs, target), of one batch or of an iterable of such.
+
+    A tuple of two is one batch, and so is a list of two that are not both tuples or lists: what a
+    DataLoader makes.
+
+    Raises:
+        TypeError: Neither.
+    """
+    if _is_batch(batch):
+        yield batch[0], batch[1]
+        return
+    expected = "(inputs, target) or an iterable of such"
+    if isinstance(batch, (Tensor, str, dict)) or not hasattr(batch, "__iter__"):
+        raise TypeError(message(op, "batch", expected, type(batch).__name__))
+    for item in batch:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise TypeError(message(op, "batch", expected, f"an item {type(item).__name__}"))
+        yield item[0], item[1]
+
+
+def _is_batch(batch: Any) -> bool:
+    if isinstance(batch, tuple):
+        return len(batch) == 2
+    pair = isinstance(batch, list) and len(batch) == 2
+    return pair and not all(isinstance(x, (tuple, list)) for x in batch)
+
+
+def size_of(inputs: Any) -> int:
+    """How many samples a batch has: the first tensor's length."""
+    if isinstance(inputs, Tensor):
+        return len(inputs) if inputs.dim() else 1
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    if isinstance(values, (tuple, list)) or not isinstance(inputs, (int, float, str)):
+        for value in values:
+            if isinstance(value, Tensor) and value.dim():
+                return len(value)
+    return 1
