@@ -4,11 +4,12 @@ from lwkd import losses, ops
 from lwkd._version import __version__
 from lwkd.curvature import TraceEstimate, hessian_trace
 from lwkd.layers import LayerPair, LayerPairs, pair_layers
-from lwkd.meters import AttentionMeter, JacobianMeter
+from lwkd.meters import AttentionMeter, HessianMeter, JacobianMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 __all__ = [
     "AttentionMeter",
+    "HessianMeter",
     "JacobianMeter",
     "LayerPair",
     "LayerPairs",

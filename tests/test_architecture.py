@@ -210,7 +210,7 @@ LONGER = {
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
     "lwkd/layers.py": (600, "pairing: names, shapes, the table that is printed, capture"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),
-    "lwkd/ops/factors.py": (360, "one page per op: what an item is, its checks, schema, fake"),
+    "lwkd/ops/factors.py": (380, "one page per op: what an item is, its checks, schema, fake"),
     "lwkd/plotting.py": (320, "one figure, and where its labels go"),
     "lwkd/policy.py": (400, "every policy, a pure function each, with its formula"),
     "lwkd/schedule.py": (520, "one class, most of it its contract; its state is in saved.py"),

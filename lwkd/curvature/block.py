@@ -10,15 +10,15 @@ One first-order graph serves all probes. What is needed of it is decided before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lwkd.curvature.gauss_newton import OutputHessian, output_hessian
+from lwkd.curvature.gauss_newton import OutputHessian, check_target, output_hessian
 from lwkd.curvature.targets import Target, every_parameter
 from lwkd.factoring import Calls, by_parameter, supports
 from lwkd.hooks import first_tensor, run
@@ -83,6 +83,7 @@ class Graph:
             self._output = output
             if isinstance(self._target, Tensor):
                 self._target = self._target.to(output.device)
+            check_target(op, loss_fn, output, self._target)
             self.loss = self._checked(loss_fn(output, self._target))
             self._grads: dict[int, Tensor | None] = {}
             if set(ways) - {"gauss_newton"}:
@@ -104,10 +105,20 @@ class Graph:
 
     def _differentiate(self) -> None:
         parameters, indices = every_parameter(self._targets)
-        grads = self._twice(
-            lambda: torch.autograd.grad(self.loss, parameters, create_graph=True, allow_unused=True)
-        )
+        grads = self._gradients(self.loss, parameters)
         self._grads = dict(zip(indices, grads, strict=True))
+
+    def _gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
+        """First derivatives that can be differentiated again, and not as 0 by mistake."""
+        grads: Sequence[Tensor | None] = self._twice(
+            lambda: torch.autograd.grad(scalar, wrt, weights, create_graph=True, allow_unused=True)
+        )
+        # Where a function's own backward is once_differentiable, autograd leaves an error that no
+        # second backward pass would run into: what lies before it would count as constant.
+        for node in _nodes(*(g for g in grads if g is not None)):
+            if node.name() == "torch::autograd::Error":
+                self._refuse("a torch.autograd.Function whose backward is once_differentiable")
+        return grads
 
     def _twice(self, run: Callable[[], Any]) -> Any:
         """Run a derivative; what torch cannot differentiate twice is named."""
@@ -117,10 +128,12 @@ class Graph:
             text = str(error).strip().splitlines()[0]
             if not any(word in text for word in ("derivative", "not implemented", "double back")):
                 raise
-            expected = "operations that can be differentiated twice (estimator='gauss_newton' asks "
-            raise RuntimeError(
-                message(self._op, "model", f"{expected}for one derivative only)", text)
-            ) from error
+            self._refuse(text, error)
+
+    def _refuse(self, got: str, error: Exception | None = None) -> NoReturn:
+        expected = "operations that can be differentiated twice (estimator='gauss_newton' asks for "
+        text = message(self._op, "model", f"{expected}one derivative only)", got)
+        raise RuntimeError(text) from error
 
     # --- second backward passes ------------------------------------------------------------------
 
@@ -218,9 +231,7 @@ class Graph:
         w = philox.signs(output, 0, philox.OUTPUTS, _LINEAR)
         found = dict.fromkeys(chosen, True)
         parameters, indices = every_parameter([self._targets[layer] for layer in chosen])
-        grads = self._twice(
-            lambda: torch.autograd.grad(output, parameters, w, create_graph=True, allow_unused=True)
-        )
+        grads = self._gradients(output, parameters, w)
         by_index = dict(zip(indices, grads, strict=True))
         sizes, asked = [], []
         for layer in chosen:
@@ -263,20 +274,25 @@ class Graph:
         return "" if used == called else "its parameters are used outside their modules too"
 
 
+def _nodes(*outputs: Tensor) -> Iterator[Any]:
+    """Every node of a graph, once."""
+    seen, left = set(), [x.grad_fn for x in outputs]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            left += [after for after, _ in node.next_functions]
+
+
 def _uses(output: Tensor, wanted: set[int]) -> dict[int, int]:
     """How often each parameter enters the graph of the output."""
     found: dict[int, int] = {}
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(output):
         for after, _ in node.next_functions:
-            variable = getattr(after, "variable", None)
-            if variable is not None and id(variable) in wanted:
-                found[id(variable)] = found.get(id(variable), 0) + 1
-            left.append(after)
+            key = id(getattr(after, "variable", None))
+            if key in wanted:
+                found[key] = found.get(key, 0) + 1
     return found
 
 

@@ -68,7 +68,7 @@ def output_hessian(op: str, loss_fn: Any, output: Tensor, target: Any) -> Output
     """The Hessian of a known loss by the outputs [N, ...].
 
     Raises:
-        ValueError: A loss that is not known, or targets out of range.
+        ValueError: A loss that is not known.
     """
     known = known_loss(loss_fn)
     if known is None:
@@ -81,16 +81,29 @@ def output_hessian(op: str, loss_fn: Any, output: Tensor, target: Any) -> Output
     function, options = known
     with torch.no_grad():
         if function is F.cross_entropy:
-            return _cross_entropy(op, output.detach(), target, **options)
+            return _cross_entropy(output.detach(), target, **options)
         h = _CURVATURES[function](output.detach().double(), target, **options)
     return _elementwise(output, h)
+
+
+def check_target(op: str, loss_fn: Any, output: Tensor, target: Any) -> None:
+    """Raise where a cross-entropy would read beyond its classes: on a GPU nothing works after."""
+    function, options = known_loss(loss_fn) or (None, {})
+    if function is not F.cross_entropy or not isinstance(target, Tensor):
+        return
+    classes, ignored = output.shape[min(output.dim() - 1, 1)], options.get("ignore_index", -100)
+    if target.is_floating_point() or target.numel() == 0:
+        return
+    if bool((((target < 0) | (target >= classes)) & (target != ignored)).any()):
+        expected = f"class indices in [0, {classes}), or ignore_index={ignored}"
+        got = f"{int(target.min())} to {int(target.max())}"
+        raise ValueError(message(op, "target", expected, got))
 
 
 # --- cross-entropy -------------------------------------------------------------------------------
 
 
 def _cross_entropy(
-    op: str,
     output: Tensor,
     target: Tensor,
     *,
@@ -111,10 +124,6 @@ def _cross_entropy(
         whole = own.new_tensor(p[..., 0].numel())
     else:
         counts = target != ignore_index
-        if bool(((target < 0) | (target >= classes))[counts].any()):
-            expected = f"class indices in [0, {classes}), or ignore_index={ignore_index}"
-            got = f"{int(target.min())} to {int(target.max())}"
-            raise ValueError(message(op, "target", expected, got))
         own = torch.where(counts, weights[target.clamp(0, classes - 1)], 0.0)
         squares = torch.where(counts, (1 - label_smoothing) * own + smooth, 0.0)
         whole = own.sum()

@@ -119,7 +119,7 @@ def hessian_trace(
     >>> result.layers, result.estimator, result.mean.shape
     (('0', '2'), ('gauss_newton', 'gauss_newton'), torch.Size([2]))
     """
-    settings = _checked(estimator, probes, seed, tol, max_probes, chunk, exact)
+    settings = check_options(_OP, estimator, probes, seed, tol, max_probes, chunk, exact)
     network = unwrap(model)
     targets = targets_of(_OP, network, layers)
     sampler = _Sampler(network, loss_fn, targets, settings)
@@ -147,25 +147,33 @@ class _Settings(NamedTuple):
     exact: bool
 
 
-def _checked(
-    estimator: str, probes: object, seed: object, tol: Any, max_probes: Any, chunk: Any, exact: Any
+def check_options(
+    op: str,
+    estimator: str,
+    probes: object,
+    seed: object,
+    tol: Any,
+    max_probes: Any,
+    chunk: Any,
+    exact: Any,
 ) -> _Settings:
-    choice(_OP, "estimator", estimator, ESTIMATORS)
-    flag(_OP, "exact", exact)
+    """Raise unless these are options of hessian_trace."""
+    choice(op, "estimator", estimator, ESTIMATORS)
+    flag(op, "exact", exact)
     if type(probes) is not int or probes < 1:
-        raise ValueError(message(_OP, "probes", "an int ≥ 1", repr(probes)))
+        raise ValueError(message(op, "probes", "an int ≥ 1", repr(probes)))
     if type(chunk) is not int or chunk < 1:
-        raise ValueError(message(_OP, "chunk", "an int ≥ 1", repr(chunk)))
+        raise ValueError(message(op, "chunk", "an int ≥ 1", repr(chunk)))
     if tol is not None:
-        number(_OP, "tol", tol, "None or a finite number > 0", lambda v: 0 < v < float("inf"))
+        number(op, "tol", tol, "None or a finite number > 0", lambda v: 0 < v < float("inf"))
     if max_probes is not None and (tol is None or type(max_probes) is not int or max_probes < 2):
         expected = "None, or with tol an int ≥ 2"
-        raise ValueError(message(_OP, "max_probes", expected, repr(max_probes)))
+        raise ValueError(message(op, "max_probes", expected, repr(max_probes)))
     if exact and (estimator in ("block", "hutchinson") or tol is not None):
         expected = "False for random estimators; exact=True is gauss_newton's, without tol"
-        raise ValueError(message(_OP, "exact", expected, f"True, {estimator!r}, tol={tol}"))
+        raise ValueError(message(op, "exact", expected, f"True, {estimator!r}, tol={tol}"))
     most = max_probes if max_probes is not None else 100 * probes
-    return _Settings(estimator, probes, seed_of(_OP, seed), tol, most, chunk, exact)
+    return _Settings(estimator, probes, seed_of(op, seed), tol, most, chunk, exact)
 
 
 class _Sampler:

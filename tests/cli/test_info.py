@@ -45,7 +45,7 @@ def test_every_op_is_listed_with_who_serves_it_and_why_not() -> None:
     rows = {(r["op"], r["device"]): r for r in info.collect()["ops"]}
     assert {op for op, _ in rows} == {
         "attention", "attention_backward", "attention_maps", "jacobian_factors", "jacobian_rows",
-        "jacobian_rows_backward",
+        "jacobian_rows_backward", "probe_dot", "rademacher",
     }  # fmt: skip
     for (_, device), row in rows.items():
         for backend in backends.BACKENDS:

@@ -59,7 +59,7 @@ OPERANDS: dict[str, tuple[Any, ...]] = {
                           "a tensor on cpu, as layer 0", "meta"),
 }  # fmt: skip
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "kind": ({"kind": "atention"}, ValueError, "kind", None, "('attention', 'jacobian')",
+    "kind": ({"kind": "atention"}, ValueError, "kind", None, "('attention', 'jacobian', 'hessian')",
              "'atention'"),
     "reduction": ({"reduction": "sum"}, ValueError, "reduction", None, "('mean', 'none')", "'sum'"),
     "divergence": ({"divergence": "kl"}, ValueError, "divergence", None, "('l2', 'js')", "'kl'"),
@@ -106,7 +106,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "a list of divergences": ({"divergence": ["l2"]}, ValueError, "divergence", None,
                               "one of ('l2', 'js')", "['l2']"),
     "a list of kinds": ({"kind": ["attention"]}, ValueError, "kind", None,
-                        "one of ('attention', 'jacobian')", "['attention']"),
+                        "one of ('attention', 'jacobian', 'hessian')", "['attention']"),
     "a misspelt option": ({"chanel_dim": 1}, TypeError, "options", None, "channel_dim, tokens",
                           "'chanel_dim'; did you mean 'channel_dim'?"),
     "half a dimension": ({"channel_dim": 1.0}, TypeError, "channel_dim", None, "None, an int", "1"),
