@@ -101,6 +101,59 @@ def layer_curves(
     return figure
 
 
+def trace_by_layer(rows: Sequence[Row], *, title: str = "") -> Figure:
+    """Draw the trace of every layer's Hessian block, network beside network, with error bars.
+
+    Args:
+        rows: Dicts with the keys "network", "layer", "trace" and "stderr", in the order of the
+            layers. Bars are two standard errors to either side; layers whose trace is not positive
+            are drawn below zero where any is (then the scale is linear, else logarithmic).
+        title: One line that says what is seen.
+
+    Returns:
+        A ``matplotlib.figure.Figure``; `save` writes it.
+
+    Raises:
+        ValueError: No rows, or a row without one of the keys.
+        RuntimeError: matplotlib is not installed.
+
+    >>> rows = [dict(network=n, layer=l, trace=t, stderr=0.1 * t)
+    ...         for n, k in (("student", 1), ("teacher", 2)) for l, t in (("a", k), ("b", 3 * k))]
+    >>> trace_by_layer(rows).axes[0].get_title(loc="left")
+    'tr H of every layer'
+    """
+    op = "plotting.trace_by_layer"
+    _require(op, "rows", rows, ("network", "layer", "trace", "stderr"))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    figure = _new_figure(width=max(6.0, 0.55 * len(layers) * max(len(networks), 2)), height=4.4)
+    axes = figure.subplots()
+    wide = 0.6 / len(networks)
+    for k, (network, colour) in enumerate(zip(networks, _colours(len(networks)), strict=True)):
+        own = [row for row in rows if row["network"] == network and math.isfinite(row["trace"])]
+        places = [layers.index(row["layer"]) + wide * (k - (len(networks) - 1) / 2) for row in own]
+        errors = [2 * row["stderr"] if math.isfinite(row["stderr"]) else 0.0 for row in own]
+        axes.errorbar(
+            places, [row["trace"] for row in own], errors, fmt="o", color=colour, markersize=7,
+            capsize=4, elinewidth=1.6, label=network,
+        )  # fmt: skip
+    if all(row["trace"] > 0 for row in rows):
+        axes.set_yscale("log")
+        _plain_ticks(axes)
+    else:
+        axes.axhline(0.0, color=_FAINT, linewidth=1)
+    note = "bars: two standard errors to either side"
+    _dress(axes, "tr H of every layer", note, "")
+    axes.set_xticks(range(len(layers)), layers)
+    if len(layers) > _LABELS:
+        axes.tick_params(axis="x", labelrotation=90)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.legend(frameon=False, fontsize=10, labelcolor=_INK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure; the ending of the name chooses the format.
 
@@ -268,7 +321,9 @@ def _plain_ticks(axes: Axes) -> None:
     """Label a log axis 0.1, 0.2, 0.5, 1 rather than with powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    subs = (1.0, 2.0, 5.0) if high > 8 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -62,6 +62,37 @@ def test_without_accuracies_there_are_two_panels() -> None:
     assert len(plotting.layer_curves(rows(), measured="uniform").axes) == 2
 
 
+def traces(sign: float = 1.0) -> Rows:
+    return [
+        {"network": network, "layer": f"layer{i}", "trace": sign * (1 + i) * k, "stderr": 0.1 * k}
+        for k, network in enumerate(("student", "teacher"), 1) for i in range(3)
+    ]  # fmt: skip
+
+
+def test_traces_have_error_bars_of_two_standard_errors() -> None:
+    (axes,) = plotting.trace_by_layer(traces(), title="what is seen").axes
+    assert axes.get_yscale() == "log"
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["layer0", "layer1", "layer2"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["student", "teacher"]
+    points, _, (bars,) = axes.containers[1]
+    assert list(points.get_ydata()) == [2.0, 4.0, 6.0]
+    low, high = bars.get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((1.6, 2.4))
+    left, right = (c[0].get_xdata() for c in axes.containers)
+    assert all(a < i < b for i, (a, b) in enumerate(zip(left, right, strict=True)))
+
+
+def test_traces_below_zero_take_a_linear_scale() -> None:
+    rows = traces(-1.0)
+    rows[0]["stderr"] = rows[1]["trace"] = math.nan
+    (axes,) = plotting.trace_by_layer(rows).axes
+    assert axes.get_yscale() == "linear"
+    with pytest.raises(ValueError, match="plotting.trace_by_layer: rows: expected at least one"):
+        plotting.trace_by_layer([])
+    with pytest.raises(ValueError, match="the key 'stderr' in every row"):
+        plotting.trace_by_layer([{"network": "a", "layer": "b", "trace": 1.0}])
+
+
 def test_zero_and_not_finite_values_are_left_out() -> None:
     data = rows(layers=2)
     for row in data:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from pathlib import Path
 from statistics import fmean
 
 from lwkd import plotting, policy
@@ -18,7 +19,7 @@ from lwkd.ops.checks import message, suggest
 
 # The schedule ends near 0: a rate of fixed point would be all zeros.
 FORMS = {"distance": ".4f", "multiplier": ".2f", "rate": ".1e"}
-MATCHED = {"attention": "attention maps", "jacobian": "Jacobians"}
+MATCHED = {"attention": "attention maps", "jacobian": "Jacobians", "hessian": "Hessian traces"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = digits.Settings()
     parser.add_argument(
         "--kind", default=defaults.kind,
-        help="what is matched, layer by layer: attention maps (attention, the default), or their "
-        "gradients by the image (jacobian)",
+        help="what the rates follow, layer by layer: distances of attention maps (attention, the "
+        "default), of their gradients by the image (jacobian), or of Hessian traces (hessian)",
     )  # fmt: skip
     parser.add_argument("--device", default=defaults.device, help="cpu (default), cuda, cuda:1")
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help="students per arm")
@@ -53,7 +54,15 @@ def main(args: argparse.Namespace) -> int:
         measured=digits.ARMS[1],
         distance=MATCHED[args.kind],
     )
-    print(f"\npicture: {plotting.save(figure, args.out)}   ({time.perf_counter() - start:.0f} s)")
+    pictures = [plotting.save(figure, args.out)]
+    if result.trace_rows:
+        path = Path(args.out)
+        figure = plotting.trace_by_layer(
+            result.trace_rows, title="Curvature after training, on the test images"
+        )
+        pictures.append(plotting.save(figure, path.with_name(f"{path.stem}-traces{path.suffix}")))
+    names = ", ".join(map(str, pictures))
+    print(f"\npicture: {names}   ({time.perf_counter() - start:.0f} s)")
     return 0
 
 
@@ -130,7 +139,7 @@ def verdict(result: digits.Result) -> str:
 def headline(result: digits.Result, kind: str = "attention") -> str:
     """Return the picture's title: what it shows, in numbers."""
     uniform, layerwise = (_percent(*result.final(arm)) for arm in digits.ARMS)
-    how = " by Jacobians" if kind == "jacobian" else ""
+    how = {"jacobian": " by Jacobians", "hessian": ", rates by curvature"}.get(kind, "")
     text = f"Distilling digits{how}: test accuracy {layerwise} with layer-wise rates"
     return f"{text}, {uniform} with one"
 

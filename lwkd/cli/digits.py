@@ -4,14 +4,15 @@
 convolutional teacher is trained once. Then, for each seed, the same student with the same data
 order is trained twice on cross-entropy and a distance to the teacher, layer by layer: at one rate,
 and with `LayerwiseLR` on the same distances. They are those of attention maps, or of Jacobians: of
-the gradients by the image of each map's entry that is the teacher's largest.
+the gradients by the image of each map's entry that is the teacher's largest. Or the rates follow
+the curvature: the loss is that of attention maps, the distances are those of Hessian traces.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
@@ -20,14 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lwkd.curvature import hessian_trace
 from lwkd.layers import pair_layers
 from lwkd.losses import AttentionTransfer, JacobianMatching
+from lwkd.meters import HessianMeter
 from lwkd.policy import Policy
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
 
 ARMS = ("uniform", "layer-wise")
 # And β: of 3, 10, 30 the best; of 0.1, 0.3, 1, 3 the largest that costs the uniform arm nothing.
-KINDS = {"attention": 3.0, "jacobian": 0.3}
+KINDS = {"attention": 3.0, "jacobian": 0.3, "hessian": 3.0}
+EVERY = 7  # steps between two measurements of Hessian traces, three an epoch
 BATCH = 64
 Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
@@ -38,7 +42,7 @@ class Settings:
     """What one run of the demo does.
 
     Attributes:
-        kind: One of KINDS: what of both networks is matched.
+        kind: One of KINDS: what of both networks the rates follow.
         seeds: How many students each arm trains.
         epochs: Of a student.
         teacher_epochs: Of the teacher.
@@ -72,6 +76,8 @@ class Result:
         layer_rows: Dicts of arm, seed, epoch, layer, distance, multiplier, rate (what the
             optimizer used): the first batch at epoch 0, then the means over each epoch.
         accuracy_rows: Dicts of arm, seed, epoch, accuracy on the test images.
+        trace_rows: Of kind "hessian", dicts of network, layer, trace, stderr on the test images, of
+            the teacher and of the last student of either arm.
     """
 
     pairs: str
@@ -79,6 +85,7 @@ class Result:
     teacher_accuracy: float
     layer_rows: list[Row] = field(default_factory=list)
     accuracy_rows: list[Row] = field(default_factory=list)
+    trace_rows: list[Row] = field(default_factory=list)
 
     def final(self, arm: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over the seeds of an arm's last test accuracies.
@@ -231,12 +238,37 @@ def _run(settings: Settings, train: Batch, test: Batch, tick: Callable[[], None]
                     right = accuracy(student, test)
                     result.accuracy_rows.append({**where, "accuracy": right})
                     tick()
+            if settings.kind == "hessian" and seed == settings.seeds - 1:
+                result.trace_rows.extend(_traces(student, arm, test, pairs.names))
+    if settings.kind == "hessian":
+        result.trace_rows.extend(_traces(teacher, "teacher", test, pairs.names))
     return result
+
+
+def _traces(network: Network, name: str, data: Batch, layers: Sequence[str]) -> list[Row]:
+    """The traces of a network's layers, in eval mode, with their standard errors."""
+    wanted = [p.requires_grad for p in network.parameters()]
+    network.eval().requires_grad_(True)
+    found = hessian_trace(network, F.cross_entropy, data, layers, probes=16)
+    for p, before in zip(network.parameters(), wanted, strict=True):
+        p.requires_grad_(before)
+    columns = zip(layers, found.mean.tolist(), found.stderr.tolist(), strict=True)
+    return [{"network": name, "layer": n, "trace": t, "stderr": e} for n, t, e in columns]
 
 
 def total_ticks(settings: Settings) -> int:
     """Return how often `run` calls ``tick``."""
     return settings.teacher_epochs + len(ARMS) * settings.seeds * settings.epochs
+
+
+def _curvature(
+    meter: HessianMeter, student: Network, images: Tensor, labels: Tensor, last: Tensor
+) -> Tensor:
+    """The distances of Hessian traces, or the last ones where no measurement is due."""
+    student.eval()  # in train mode BatchNorm couples the samples
+    found = meter.discrepancy(images, labels, F.cross_entropy)
+    student.train()
+    return last if found is None else found
 
 
 def distil(
@@ -259,13 +291,15 @@ def distil(
     rates = LayerwiseLR(optimizer, pairs, policy=settings.policy, base=base) if layerwise else None
     beta = KINDS[settings.kind] if settings.beta is None else settings.beta
     jacobian = settings.kind == "jacobian"
+    meter = HessianMeter(pairs, probes=4, every=EVERY) if settings.kind == "hessian" else None
+    d = torch.empty(0)
     transfer = JacobianMatching(beta, of="map") if jacobian else AttentionTransfer(beta)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(1, settings.epochs + 1):
         seen = []
         for images, labels in batches(data, generator):
             x = images.requires_grad_(jacobian)
-            with pairs.capture() as features:
+            with pairs.capture() as features, meter or nullcontext():
                 logits = student(x)
                 with torch.set_grad_enabled(jacobian):
                     teacher(x)
@@ -273,7 +307,10 @@ def distil(
             terms = transfer(*both, x) if jacobian else transfer(*both)
             optimizer.zero_grad()
             (F.cross_entropy(logits, labels) + terms.total).backward()
-            d = terms.per_layer.detach()
+            if meter is None:
+                d = terms.per_layer.detach()
+            else:
+                d = _curvature(meter, student, images, labels, d)
             m = rates.multipliers if rates is not None else torch.ones_like(d)
             rate = torch.tensor([group["lr"] for group in own]).to(d)
             seen.append(torch.stack([d, m, rate]))

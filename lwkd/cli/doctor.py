@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lwkd import ops
-from lwkd.cli import doctor_jacobian, table
+from lwkd.cli import doctor_hessian, doctor_jacobian, table
 from lwkd.cli.definition import CASES, Case, Sides, distance, layout
 from lwkd.cli.info import why_not
 from lwkd.ops import backends
@@ -135,6 +135,7 @@ def examine(backend: str, device: str, dtype: torch.dtype) -> Diagnosis:
     with diagnosis.catching("exact values"):
         _try_exact(diagnosis)
     doctor_jacobian.examine(diagnosis)
+    doctor_hessian.examine(diagnosis)
     return diagnosis
 
 

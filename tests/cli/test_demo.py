@@ -58,6 +58,19 @@ def test_the_jacobian_kind_trains_as_well() -> None:
     assert "digits by Jacobians: test" in demo.headline(found, "jacobian")
 
 
+def test_the_hessian_kind_follows_the_curvature(tmp_path: Path) -> None:
+    """Measured three times an epoch; the traces of both students and the teacher at the end."""
+    settings = replace(TINY, kind="hessian", seeds=1)
+    found = digits.run(settings)
+    assert all(0 <= r["distance"] <= 1 for r in found.layer_rows)
+    last = pick(found.layer_rows, arm="layer-wise", epoch=2)
+    assert len({r["multiplier"] for r in last}) == len(last)
+    names = [(r["network"], r["layer"]) for r in found.trace_rows]
+    assert names == [(n, layer) for n in (*digits.ARMS, "teacher") for layer in found.layers]
+    assert all(r["trace"] > 0 and r["stderr"] > 0 for r in found.trace_rows)
+    assert "digits, rates by curvature: test" in demo.headline(found, "hessian")
+
+
 def test_only_the_layerwise_arm_changes_rates(result: digits.Result) -> None:
     assert {r["multiplier"] for r in pick(result.layer_rows, arm="uniform")} == {1.0}
     last = pick(result.layer_rows, arm="layer-wise", epoch=2)
