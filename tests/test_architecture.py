@@ -207,6 +207,7 @@ LONGER = {
     "kernels/attention.py": (700, "the Triton kernels of one kind, forward and backward"),
     "kernels/common.py": (450, "what all Triton kernels share: tables, tiles, launches"),
     "kernels/jacobian.py": (400, "the Triton kernels of rows, forward and backward"),
+    "lwkd/cli/digits.py": (330, "the demo's experiment: data, networks, three kinds of distances"),
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
     "lwkd/layers.py": (600, "pairing: names, shapes, the table that is printed, capture"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),

@@ -87,7 +87,7 @@ def test_traces_below_zero_take_a_linear_scale() -> None:
     rows[0]["stderr"] = rows[1]["trace"] = math.nan
     (axes,) = plotting.trace_by_layer(rows).axes
     assert axes.get_yscale() == "linear"
-    with pytest.raises(ValueError, match="plotting.trace_by_layer: rows: expected at least one"):
+    with pytest.raises(ValueError, match=r"plotting\.trace_by_layer: rows: expected at least one"):
         plotting.trace_by_layer([])
     with pytest.raises(ValueError, match="the key 'stderr' in every row"):
         plotting.trace_by_layer([{"network": "a", "layer": "b", "trace": 1.0}])

@@ -199,7 +199,7 @@ def test_mean_and_spread_are_over_the_last_epoch() -> None:
         (["--epochs", "-1"], "--epochs: expected at least 1, got -1"),
         (
             ["--kind", "jacobean"],
-            "--kind: expected one of attention, jacobian, got 'jacobean'; did",
+            "--kind: expected one of attention, jacobian, hessian, got 'jacobean'; did",
         ),
         (["--device", "cuda:99"], "--device: expected one of cpu"),
         (["--device", "gpu"], "--device: expected one of cpu"),
