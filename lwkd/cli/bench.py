@@ -32,7 +32,9 @@ Row = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``python -m lwkd bench``."""
     parser.add_argument(
-        "--kind", default="attention", help="of distance: attention (the default) or jacobian"
+        "--kind",
+        default="attention",
+        help="of distance: attention (the default), jacobian or hessian",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")

@@ -155,6 +155,47 @@ class Factors:
         return d.mT @ a
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Hessian-vector products by parameters of these ``shapes``, each with its stored signs.
+
+    ``plain`` reads the signs; the op makes them again.
+    """
+
+    op: ClassVar[str] = "probe_dot"
+    gradients: ClassVar[bool] = False
+    name: str
+    batch: int  # probes
+    shapes: Shapes
+
+    def tensors(self, device: str) -> Sides:
+        """Return products of a Hessian that is nearly diagonal: of each layer h, then v."""
+        g = torch.Generator(device).manual_seed(0)
+        sides: Sides = ([], [])
+        for side, scale in zip(sides, (1.0, 1.5), strict=True):
+            for layer, shape in enumerate(self.shapes):
+                like = torch.empty(shape, device=device)
+                v = torch.stack(
+                    [ops.rademacher(like, seed=0, layer=layer, probe=k) for k in range(self.batch)]
+                )
+                noise = torch.randn(v.shape, device=device, generator=g)
+                side += [scale * v + 0.1 * noise, v]
+        return sides
+
+    def fused(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Return the distances [L] by the op."""
+        return ops.layer_discrepancy(list(student[::2]), list(teacher[::2]), kind="hessian")
+
+    def plain(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Return the distances [L]: products, summed, their means compared."""
+        traces = [
+            torch.stack([(h * v).flatten(1).sum(1).mean() for h, v in _pairs(side)])
+            for side in (student, teacher)
+        ]
+        s, t = traces
+        return (s - t).abs() / (s.abs() + t.abs())
+
+
 def _near(shapes: Shapes, device: str, gradients: bool) -> Sides:
     g = torch.Generator(device).manual_seed(0)
     make = partial(torch.randn, device=device, generator=g)
@@ -200,6 +241,11 @@ FULL: dict[str, tuple[Workload, ...]] = {
         ),
         Factors("by weights, 16 tiny layers", 8, [(32, 32, 4)] * 16),
     ),
+    "hessian": (
+        Probes("4 probes of 4 large layers", 4, [(512, 512, 3, 3)] * 4),
+        Probes("4 probes, ViT-S, 2 blocks", 4, [(1152, 384), (384, 384), (1536, 384)] * 2),
+        Probes("64 tiny layers", 1, [(8, 8, 3, 3)] * 64),
+    ),
 }  # fmt: skip
 QUICK: dict[str, tuple[Workload, ...]] = {
     "attention": (
@@ -211,4 +257,5 @@ QUICK: dict[str, tuple[Workload, ...]] = {
         Factors("linear", 4, [(8, 6, 5)] * 2),
         Factors("convolutions", 4, [(3, 4, 6), (4, 5, 3)], conv=True),
     ),
+    "hessian": (Probes("probes", 2, [(5, 7), (300,)]),),
 }

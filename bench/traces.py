@@ -1,0 +1,248 @@
+"""How long until the trace of every layer's Hessian block is known to 5 %, by method.
+
+    python -m bench.traces --record bench/results/traces/hessian.jsonl
+    python -m bench.traces --show bench/results/traces/hessian.jsonl
+
+A method's probes cost time and have a variance, layer by layer: a relative standard error of 5 %
+takes variance / (0.05 · trace)² of them, and one at least. The traces themselves are exact where
+outputs are linear in the layers, else from many probes of the least noisy method. Methods of other
+libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.conftest import _processor
+from bench.test_jacobian import _network
+from bench.transfer import rows
+from lwkd import hessian_trace
+
+WANTED = 0.05  # relative standard error
+ROUNDS = 3  # of a method's probes, to time them
+OURS = ("auto", "gauss_newton", "block", "hutchinson")
+
+
+class Problem(NamedTuple):
+    """A network, its layers, and one batch."""
+
+    title: str
+    net: nn.Module
+    layers: list[str]
+    x: Tensor
+    y: Tensor
+    linear: bool  # outputs are linear in every layer's parameters
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.y
+
+
+class Method(NamedTuple):
+    """Samples [K, L] of K probes; K = 0: exact, one row."""
+
+    name: str
+    run: Callable[[int, int], Tensor]  # (probes, seed)
+    probes: int
+
+
+def problems() -> list[Problem]:
+    found = []
+    for name, n, shape in (
+        ("MLP, 2.9 M, ReLU", 64, (784,)),
+        ("ResNet-18, 32², BatchNorm in eval mode, ReLU", 32, (3, 32, 32)),
+        ("ViT d192 × 4, GELU", 32, (3, 32, 32)),
+    ):
+        torch.manual_seed(0)
+        if name.startswith("MLP"):
+            widths = (784, 1024, 1024, 1024, 10)
+            parts: list[nn.Module] = []
+            for a, b in pairwise(widths):
+                parts += [nn.Linear(a, b), nn.ReLU()]
+            net: nn.Module = nn.Sequential(*parts[:-1])
+        else:
+            net = _network("resnet18" if name.startswith("ResNet") else "vit")
+        layers = [n for n, m in net.named_modules() if list(m.parameters(recurse=False))]
+        x, y = torch.randn(n, *shape), torch.randint(10, (n,))
+        found.append(Problem(name, net, layers, x, y, "ReLU" in name))
+    return found
+
+
+# --- methods -------------------------------------------------------------------------------------
+
+
+def ours(problem: Problem, estimator: str, probes: int, seed: int) -> Tensor:
+    return hessian_trace(
+        problem.net, F.cross_entropy, problem.batch, problem.layers, estimator=estimator,
+        probes=probes, seed=seed,
+    ).samples  # fmt: skip
+
+
+def joint(problem: Problem, probes: int, seed: int) -> Tensor:
+    """Probes over all layers at once, as PyHessian makes them: one graph, a product a probe."""
+    torch.manual_seed(seed)
+    owned = dict(problem.net.named_parameters())
+    params = list(owned.values())
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(problem.net(problem.x), problem.y)
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        samples = []
+        for _ in range(probes):
+            v = [torch.randint_like(p, high=2).mul_(2).sub_(1) for p in params]
+            hv = torch.autograd.grad(grads, params, v, retain_graph=True)
+            own = {n: (a * b).sum() for n, a, b in zip(owned, v, hv, strict=True)}
+            samples.append([sum(own[n] for n in owned if n.rpartition(".")[0] == layer)
+                            for layer in problem.layers])  # fmt: skip
+    return torch.tensor(samples, dtype=torch.float64)
+
+
+def curvlinops(problem: Problem, probes: int, seed: int) -> Tensor:
+    """Its Hessian of one layer's parameters at a time, its own matrix–vector product."""
+    from curvlinops import HessianLinearOperator
+
+    torch.manual_seed(seed)
+    columns = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for layer in problem.layers:
+            params = list(problem.net.get_submodule(layer).parameters(recurse=False))
+            operator = HessianLinearOperator(
+                problem.net, nn.CrossEntropyLoss(), params, [problem.batch],
+                check_deterministic=False,
+            )  # fmt: skip
+            v = torch.randint(2, (operator.shape[1], probes)).float().mul_(2).sub_(1)
+            columns.append((v * (operator @ v)).sum(0).double())
+    return torch.stack(columns, 1)
+
+
+def backpack(problem: Problem, extension: str, probes: int, seed: int) -> Tensor:
+    """Its diagonals: DiagHessian is exact, DiagGGNMC draws one vector a sample and call."""
+    from backpack import backpack as extending
+    from backpack import extend
+    from backpack.extensions import DiagGGNMC, DiagHessian
+
+    torch.manual_seed(seed)
+    net, loss = extend(problem.net), extend(nn.CrossEntropyLoss())
+    found = []
+    for _ in range(max(probes, 1)):
+        diagonal = DiagHessian() if extension == "diag_h" else DiagGGNMC(mc_samples=1)
+        with extending(diagonal):
+            loss(net(problem.x), problem.y).backward()
+        found.append([
+            sum(getattr(p, extension).sum()
+                for p in net.get_submodule(layer).parameters(recurse=False))
+            for layer in problem.layers
+        ])  # fmt: skip
+        for p in net.parameters():
+            p.grad = None
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def methods(problem: Problem) -> list[Method]:
+    there = importlib.util.find_spec
+    found = [Method(f"lwkd {name}", partial(ours, problem, name), 16) for name in OURS]
+    if problem.linear:
+        found.append(Method("lwkd exact", lambda *_: _exact(problem)[None], 0))
+    found.append(Method("joint probes (PyHessian)", partial(joint, problem), 16))
+    if there("curvlinops"):
+        found.append(Method("curvlinops, a block a layer", partial(curvlinops, problem), 4))
+    if there("backpack"):
+        found.append(Method("BackPACK DiagHessian", partial(backpack, problem, "diag_h"), 0))
+        found.append(
+            Method("BackPACK DiagGGN-MC", partial(backpack, problem, "diag_ggn_mc"), 16)
+        )  # fmt: skip
+    return found
+
+
+def _exact(problem: Problem) -> Tensor:
+    return hessian_trace(
+        problem.net, F.cross_entropy, problem.batch, problem.layers, exact=True
+    ).mean  # fmt: skip
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+
+def study(seeds: int) -> Iterator[rows.Row]:
+    """A row a network and method; ``seeds``: how many times every method draws its probes."""
+    for problem in problems():
+        want = _exact(problem) if problem.linear else ours(problem, "auto", 128, 99).mean(0)
+        for method in methods(problem):
+            try:
+                method.run(min(method.probes, 1), 0)  # warm
+                times, samples = [], []
+                for seed in range(seeds):
+                    start = time.perf_counter()
+                    samples.append(method.run(method.probes, seed))
+                    times.append(time.perf_counter() - start)
+            except Exception as error:
+                why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                yield {"network": problem.title, "arm": method.name, "seconds": None, "why": why}
+                continue
+            yield {"model": _processor(), "threads": torch.get_num_threads()} | _row(
+                problem, method, torch.cat(samples), median(times), want
+            )
+
+
+def _row(
+    problem: Problem, method: Method, samples: Tensor, seconds: float, want: Tensor
+) -> rows.Row:
+    off = ((samples.mean(0) - want).abs() / want.abs()).tolist()
+    if method.probes == 0:
+        needed, spread = [1.0] * len(want), [0.0] * len(want)
+        each = seconds
+    else:
+        spread = (samples.std(0) / want.abs()).tolist()
+        needed = [max(1.0, (s / WANTED) ** 2) for s in spread]
+        each = seconds / method.probes
+    return {
+        "network": problem.title, "arm": method.name, "seconds": max(needed) * each,
+        "seconds_a_probe": each, "probes": max(needed), "layers": len(want),
+        "spread": [round(s, 4) for s in spread], "off": [round(o, 4) for o in off],
+    }  # fmt: skip
+
+
+def table(found: list[rows.Row]) -> str:
+    """Return the times as Markdown; the last column: how many times as long as lwkd's auto."""
+    lines = [
+        "| network | method | ms a probe | relative std of a probe, best to worst layer | probes | "
+        "time to 5 % on every layer | against `auto` |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for network in dict.fromkeys(r["network"] for r in found):
+        own = {r["arm"]: r for r in found if r["network"] == network}
+        base = own["lwkd auto"]["seconds"]
+        for arm, r in own.items():
+            if r["seconds"] is None:
+                lines.append(
+                    f"| {network} | {arm} | – | – | – | does not run: {r['why'][:60]} | – |"
+                )
+                continue
+            lines.append(
+                f"| {network} | {arm} | {1e3 * r['seconds_a_probe']:.1f} | "
+                f"{min(r['spread']):.2f} to {max(r['spread']):.2f} | {r['probes']:,.0f} | "
+                f"{_time(r['seconds'])} | {r['seconds'] / base:,.3g} × |"
+            )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def main(arguments: Any = None) -> None:
+    rows.main(__doc__.split("\n")[0], 3, study, table)
+
+
+if __name__ == "__main__":
+    main()
