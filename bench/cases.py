@@ -190,6 +190,29 @@ class MeterCase:
 
 
 @dataclass(frozen=True)
+class ProbeCase:
+    """Hessian-vector products by all parameters of a ResNet, and one probe's signs."""
+
+    name: str
+    title: str
+    device: str
+    blocks: tuple[int, ...]
+    width: int
+    samples: int = 1  # probes
+    modes: tuple[str, ...] = (FORWARD,)
+
+    def quick(self) -> ProbeCase:
+        return replace(self, title=f"{self.title} (quick)", blocks=(1, 1, 1, 1), width=8)
+
+    def draw(self) -> list[Tensor]:
+        """A random tensor a parameter."""
+        net = resnet(self.blocks, bottleneck=True, width=self.width, classes=1000)
+        generator = torch.Generator(self.device).manual_seed(0)
+        return [torch.randn(p.shape, device=self.device, generator=generator)
+                for p in net.parameters()]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class StepCase:
     """A whole distillation step: ResNet-50 teaches ResNet-18, with autocast to bfloat16."""
 
@@ -241,6 +264,10 @@ FACTORS_CASES = tuple(
 METER_CASES = (
     MeterCase("meter-resnet18", "JacobianMeter, ResNet-18, N=64, 32²", "cpu", 64, "resnet18"),
     MeterCase("meter-vit", "JacobianMeter, ViT d192 × 4, N=64, 32²", "cpu", 64, "vit"),
+)
+PROBE_CASES = (
+    ProbeCase("probes", "Probe of ResNet-50, 25.6 M", "cpu", (3, 4, 6, 3), 64),
+    ProbeCase("gpu-probes", "Probe of ResNet-50, 25.6 M", "cuda", (3, 4, 6, 3), 64),
 )
 STEP_CASE = StepCase(
     "gpu-distillation", "Distillation step, ResNet-50 → ResNet-18, N=256, bf16", "cuda", 256, 224

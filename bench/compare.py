@@ -19,6 +19,7 @@ from bench.cases import (
     FACTORS_CASES,
     GPU_CASES,
     METER_CASES,
+    PROBE_CASES,
     ROWS_CASES,
     STEP_CASE,
     StepCase,
@@ -40,13 +41,19 @@ JACOBIAN_RIVALS = {
     "vmap(grad)": ("vmap(grad)",),
     "ghost norm": ("ghost norm",),
 }
+HESSIAN_RIVALS = {
+    "torch.compile": ("compile",),
+    "stored signs": ("stored signs",),
+    "torch's signs": ("torch's signs",),
+}
 UNMEASURED, ABSENT = "unmeasured", "–"
 _JACOBIAN: tuple[Any, ...] = (*ROWS_CASES, *FACTORS_CASES, *METER_CASES)
-# Device -> the cases of the first table, and of the second.
-CASES: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
-    "cpu": (CPU_CASES, [case for case in _JACOBIAN if case.device == "cpu"]),
-    "cuda": (GPU_CASES, [case for case in _JACOBIAN if case.device == "cuda"]),
-}
+# Device -> the cases of every kind's table.
+CASES: dict[str, tuple[Sequence[Any], ...]] = {
+    device: (own, *([case for case in kind if case.device == device]
+                    for kind in (_JACOBIAN, PROBE_CASES)))
+    for device, own in (("cpu", CPU_CASES), ("cuda", GPU_CASES))
+}  # fmt: skip
 # What every row says; a pass over a whole step has no gbps, but says so.
 KEYS = (
     "date", "commit", "device", "model", "malloc", "torch", "python", "served_by",
@@ -93,7 +100,7 @@ def _fastest(measured: Measured, case: str, mode: str, rivals: Iterable[str]) ->
 
 def best_rival(measured: Measured, case: str, mode: str) -> Row | None:
     """The fastest of the rivals in the same run, if there were any."""
-    columns = (*RIVALS.values(), *JACOBIAN_RIVALS.values())
+    columns = (*RIVALS.values(), *JACOBIAN_RIVALS.values(), *HESSIAN_RIVALS.values())
     everyone = dict.fromkeys(rival for rivals in columns for rival in rivals)
     return _fastest(measured, case, mode, everyone)
 
@@ -174,9 +181,10 @@ def _heading(machine: Machine, measured: Measured) -> str:
 
 
 def _section(title: str, measured: Measured, tables: Sequence[Sequence[Any]]) -> list[str]:
-    """The tables of one machine: attention, then Jacobians."""
+    """The tables of one machine: attention, Jacobians, Hessians."""
     out = [title, ""]
-    for cases, columns in zip(tables, (RIVALS, JACOBIAN_RIVALS), strict=True):
+    kinds = (RIVALS, JACOBIAN_RIVALS, HESSIAN_RIVALS)
+    for cases, columns in zip(tables, kinds, strict=True):
         summary = _summary(_wins(measured, cases))
         head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
         head += [f"{column} / floor" for column in columns] + ["GB/s", "samples/s"]

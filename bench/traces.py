@@ -5,8 +5,8 @@
 
 A method's probes cost time and have a variance, layer by layer: a relative standard error of 5 %
 takes variance / (0.05 · trace)² of them, and one at least. The traces themselves are exact where
-outputs are linear in the layers, else the mean of 32 probes of the least noisy method. Methods of other
-libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
+outputs are linear in the layers, else the mean of 32 probes of the least noisy method. Methods of
+other libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
 """
 
 from __future__ import annotations

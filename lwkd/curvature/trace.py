@@ -120,16 +120,30 @@ def hessian_trace(
     (('0', '2'), ('gauss_newton', 'gauss_newton'), torch.Size([2]))
     """
     settings = check_options(_OP, estimator, probes, seed, tol, max_probes, chunk, exact)
+    return estimate(model, loss_fn, batch, layers, settings)
+
+
+def estimate(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Any,
+    layers: Sequence[str] | None,
+    settings: Settings,
+    known: TraceEstimate | None = None,
+) -> TraceEstimate:
+    """As :func:`hessian_trace`; ``known``: whose estimators are taken over, instead of a test."""
     network = unwrap(model)
     targets = targets_of(_OP, network, layers)
     sampler = _Sampler(network, loss_fn, targets, settings)
+    if known is not None:
+        sampler.found = list(zip(known.estimator, known.reason, strict=True))
     device = targets[0].parameters[0].device
     off = torch.autocast(device.type, enabled=False)
     with untouched(network, evaluate=False), torch.enable_grad(), off:
         samples = sampler.run(batch)
     mean = samples.mean(0)
     stderr = samples.std(0) / len(samples) ** 0.5 if len(samples) > 1 else mean * torch.nan
-    if exact:
+    if settings.exact:
         stderr = torch.zeros_like(mean)
     return TraceEstimate(
         mean, stderr, samples, tuple(t.name for t in targets),
@@ -137,7 +151,9 @@ def hessian_trace(
     )  # fmt: skip
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """The options of hessian_trace, checked."""
+
     estimator: str
     probes: int
     seed: int
@@ -156,7 +172,7 @@ def check_options(
     max_probes: Any,
     chunk: Any,
     exact: Any,
-) -> _Settings:
+) -> Settings:
     """Raise unless these are options of hessian_trace."""
     choice(op, "estimator", estimator, ESTIMATORS)
     flag(op, "exact", exact)
@@ -173,14 +189,14 @@ def check_options(
         expected = "False for random estimators; exact=True is gauss_newton's, without tol"
         raise ValueError(message(op, "exact", expected, f"True, {estimator!r}, tol={tol}"))
     most = max_probes if max_probes is not None else 100 * probes
-    return _Settings(estimator, probes, seed_of(op, seed), tol, most, chunk, exact)
+    return Settings(estimator, probes, seed_of(op, seed), tol, most, chunk, exact)
 
 
 class _Sampler:
     """Draws samples [K, L] from all batches."""
 
     def __init__(
-        self, network: nn.Module, loss_fn: Any, targets: list[Target], settings: _Settings
+        self, network: nn.Module, loss_fn: Any, targets: list[Target], settings: Settings
     ) -> None:
         self._network, self._loss_fn, self._targets = network, loss_fn, targets
         self._settings = settings

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwkd.curvature import TraceEstimate, hessian_trace
-from lwkd.curvature.trace import check_options
+from lwkd.curvature import TraceEstimate
+from lwkd.curvature.gauss_newton import known_loss
+from lwkd.curvature.trace import check_options, estimate
 from lwkd.layers import LayerPairs
 from lwkd.meters.blocks import Blocks
 from lwkd.ops.checks import flag, message
@@ -41,7 +42,8 @@ class HessianMeter(Blocks[None]):
     Args:
         pairs: From :func:`lwkd.pair_layers`. The student's parameters count that are trained, the
             teacher's all, frozen or not.
-        estimator: "auto", "gauss_newton", "block" or "hutchinson", as in ``hessian_trace``.
+        estimator: "auto", "gauss_newton", "block" or "hutchinson", as in ``hessian_trace``; "auto"
+            tests every layer in the first measurement, and again when a mode or the loss changes.
         probes: As there.
         normalize: As above.
         exact: As in ``hessian_trace``.
@@ -82,13 +84,13 @@ class HessianMeter(Blocks[None]):
         if backend is not None:
             expected = "None: each layer's way is its estimator's"
             raise ValueError(message(_OP, "backend", expected, repr(backend)))
-        check_options(_OP, estimator, probes, seed, None, None, chunk, exact)
+        self._settings = check_options(
+            _OP, estimator, probes, seed, None, None, chunk, exact
+        )  # fmt: skip
         self._normalize = normalize
-        self._options: dict[str, Any] = {
-            "estimator": estimator, "probes": probes, "exact": exact, "chunk": chunk, "seed": seed,
-        }  # fmt: skip
         self.estimates: tuple[TraceEstimate, TraceEstimate] | None = None
         """Student's and teacher's traces of the last measurement."""
+        self._known: dict[int, tuple[Any, TraceEstimate]] = {}  # what "auto" has found, by network
 
     def _watch(self, stack: ExitStack) -> tuple[None, None]:
         return None, None
@@ -156,7 +158,12 @@ class HessianMeter(Blocks[None]):
         """The estimate, and of every pair's layer the trace and the number of parameters."""
         names = [name for name, _ in layers]
         unique = list(dict.fromkeys(names))  # a layer may be the partner of several
-        found = hessian_trace(network, loss_fn, (inputs, target), unique, **self._options)
+        # Linearity is tested once: it follows from what the network is, its modes, and the loss.
+        state = [m.training for m in network.modules()], known_loss(loss_fn) is not None, unique
+        before = self._known.get(id(network))
+        known = before[1] if before is not None and before[0] == state else None
+        found = estimate(network, loss_fn, (inputs, target), unique, self._settings, known)
+        self._known[id(network)] = state, found
         places = torch.tensor([unique.index(name) for name in names], device=found.mean.device)
         sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad)
                  for _, module in layers]  # fmt: skip

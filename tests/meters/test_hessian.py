@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd import HessianMeter, pair_layers
+from lwkd.curvature.block import Graph
 from tests.curvature.networks import CNN, X, Y, exact
 from tests.ops.battery import one_thread
 
@@ -46,6 +47,23 @@ def test_a_copy_is_at_no_distance(estimator: str) -> None:
     teacher.load_state_dict(student.state_dict())
     meter = HessianMeter(pair_layers(student, teacher, LAYERS), estimator=estimator, probes=2)
     assert meter.measure(X, Y, F.cross_entropy).tolist() == [0.0] * 4
+
+
+def test_auto_tests_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where a mode or the loss is another; what it finds does not change."""
+    tests = []
+    examine = Graph.examine
+    monkeypatch.setattr(Graph, "examine", lambda *a: (tests.append(1), examine(*a))[1])
+    nets = networks()
+    meter = HessianMeter(pair_layers(*nets, LAYERS), probes=2)
+    first = [meter.measure(X, Y, F.cross_entropy) for _ in range(3)]
+    assert len(tests) == 2  # of either network
+    assert torch.equal(first[0], first[2])
+    meter.measure(X, Y, lambda z, y: F.cross_entropy(z, y))
+    assert len(tests) == 4
+    nets[0].train()
+    meter.measure(X, Y, lambda z, y: F.cross_entropy(z, y))
+    assert len(tests) == 5
 
 
 def test_a_frozen_teacher_of_another_width() -> None:
