@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lwkd.factoring import Owner, owners
+from lwkd.factoring import Owner, owners, parameters
 from lwkd.layers import named_layers, plain_name
 from lwkd.ops.checks import message, suggest
 
@@ -46,6 +46,7 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
         raise TypeError(message(op, "layers", "None or a list of names", repr(layers)))
     if not layers:
         raise ValueError(message(op, "layers", "a network with trained parameters", "none"))
+    every = owners("", network, lambda _, p: p.requires_grad)
     counter: dict[int, int] = {}
     found: list[Target] = []
     for asked in layers:
@@ -57,10 +58,18 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
         if name in [target.name for target in found]:
             raise ValueError(message(op, "layers", "every layer once", "twice", layer=asked))
         indices = tuple(counter.setdefault(id(p), len(counter)) for p in inside)
-        wanted = {id(p) for p in inside}
-        own = owners("", network, lambda _, p: id(p) in wanted)  # noqa: B023
+        own = _owning(every, {id(p) for p in inside})
         found.append(Target(name, tuple(inside), indices, tuple(own)))
     return found
+
+
+def _owning(every: Sequence[Owner], wanted: set[int]) -> Iterator[Owner]:
+    """The modules that have one of these parameters, each with those that it has."""
+    for owner in every:
+        named = parameters(owner.module)
+        own = frozenset(n for n in owner.wanted if id(named[n]) in wanted)
+        if own:
+            yield owner._replace(wanted=own)
 
 
 def _inside(
