@@ -97,8 +97,8 @@ def hessian_trace(
         seed: 64 bits; the same seed is the same estimate.
         tol: Go on until every layer's standard error is at most tol·|mean|.
         max_probes: With ``tol``: where to stop at the latest (default 100 · probes).
-        chunk: Probes at once in a second backward pass ("block", "hutchinson"), for speed; takes
-            about chunk times the graph's memory, which is looked at before.
+        chunk: Probes at once in a second backward pass ("block", "hutchinson"); takes about chunk
+            times the graph's memory, which is looked at before. On a CPU no faster than one by one.
         exact: No random numbers: one backward pass a column of the loss's Hessian by the outputs.
             Only where every layer takes gauss_newton.
 
