@@ -229,9 +229,8 @@ def table(found: list[rows.Row]) -> str:
         base = own["lwkd auto"]["seconds"]
         for arm, r in own.items():
             if r["seconds"] is None:
-                lines.append(
-                    f"| {network} | {arm} | – | – | – | does not run: {r['why'][:60]} | – |"
-                )
+                why = r["why"].split(":")[0]
+                lines.append(f"| {network} | {arm} | – | – | – | does not run ({why}) | – |")
                 continue
             lines.append(
                 f"| {network} | {arm} | {1e3 * r['seconds_a_probe']:.1f} | "

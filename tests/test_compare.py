@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from bench import accuracy, compare
+from bench import accuracy, compare, traces
 from bench.cases import CPU_CASES, STEP_CASE
 from bench.transfer import jacobian, policies, rows
 from lwkd.cli import digits
@@ -166,6 +167,22 @@ def test_the_table_of_digits_is_that_of_the_recorded_rows() -> None:
     for row in (r for r in found if r["arm"] == "lwkd"):
         kind = row["distance"].split(",")[0]
         assert row["error"] <= limit[kind][accuracy.APART.index(row["apart"])], row
+
+
+def test_the_table_of_traces_is_that_of_the_recorded_rows() -> None:
+    """And the estimators keep what is promised, against joint probes and the best of the others."""
+    found = rows.read(ROOT / "bench/results/traces/hessian.jsonl")
+    assert traces.table(found) in (ROOT / "README.md").read_text(encoding="utf-8")
+    ratios = []
+    for network in {r["network"] for r in found}:
+        own = {r["arm"]: r["seconds"] for r in found if r["network"] == network}
+        others = [s for arm, s in own.items() if not arm.startswith("lwkd") and s is not None]
+        joint = own["joint probes (PyHessian)"]
+        assert joint >= (20 if "ViT" in network else 1000) * own["lwkd auto"]
+        assert joint >= (20 if "ViT" in network else 30) * own["lwkd block"]
+        ratios.append(min(others) / own["lwkd auto"])
+    assert min(ratios) >= 1
+    assert math.prod(ratios) ** (1 / len(ratios)) >= 2
 
 
 def test_the_jacobian_study_trains() -> None:
