@@ -10,7 +10,7 @@ One first-order graph serves all probes. What is needed of it is decided before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwkd.curvature.gauss_newton import OutputHessian, check_target, output_hessian
+from lwkd.curvature.nodes import nodes, uses
 from lwkd.curvature.targets import Target, every_parameter
 from lwkd.factoring import Calls, by_parameter, supports
 from lwkd.hooks import first_tensor, run
@@ -86,7 +87,7 @@ class Graph:
             check_target(op, loss_fn, output, self._target)
             self.loss = self._checked(loss_fn(output, self._target))
             self._grads: dict[int, Tensor | None] = {}
-            if set(ways) - {"gauss_newton"}:
+            if count and set(ways) != {"gauss_newton"}:
                 self._differentiate()
         self._hessian: OutputHessian | None = None
 
@@ -104,7 +105,9 @@ class Graph:
         return loss
 
     def _differentiate(self) -> None:
-        parameters, indices = every_parameter(self._targets)
+        """The loss's gradients, with their graph: made when they are first asked for."""
+        wanted = [t for t, w in zip(self._targets, self.ways, strict=True) if w != "gauss_newton"]
+        parameters, indices = every_parameter(wanted)
         grads = self._gradients(self.loss, parameters)
         self._grads = dict(zip(indices, grads, strict=True))
 
@@ -115,7 +118,7 @@ class Graph:
         )
         # Where a function's own backward is once_differentiable, autograd leaves an error that no
         # second backward pass would run into: what lies before it would count as constant.
-        for node in _nodes(*(g for g in grads if g is not None)):
+        for node in nodes(*(g for g in grads if g is not None)):
             if node.name() == "torch::autograd::Error":
                 self._refuse("a torch.autograd.Function whose backward is once_differentiable")
         return grads
@@ -145,6 +148,8 @@ class Graph:
         self, chosen: Sequence[Target], seed: int, probe: int, probes: int
     ) -> dict[int, Tensor]:
         """⟨v, Hv⟩ [probes] of every parameter of the chosen layers, v over all of these."""
+        if not self._grads:
+            self._differentiate()
         parameters, indices = every_parameter(chosen)
         kept = [(i, p, g) for i, p in zip(indices, parameters, strict=True)
                 if (g := self._grads[i]) is not None and g.requires_grad]  # fmt: skip
@@ -260,7 +265,7 @@ class Graph:
         owners = self._targets[layer].owners
         if not all(supports(owner.module) for owner in owners):
             return ""  # torch.func runs the whole module again
-        used = _uses(self._output, {id(p) for p in self._targets[layer].parameters})
+        used = uses(self._output, {id(p) for p in self._targets[layer].parameters})
         called: dict[int, int] = {}
         for place, owner in zip(self._places[layer], owners, strict=True):
             try:
@@ -272,28 +277,6 @@ class Graph:
                 key = id(named[name])
                 called[key] = called.get(key, 0) + calls
         return "" if used == called else "its parameters are used outside their modules too"
-
-
-def _nodes(*outputs: Tensor) -> Iterator[Any]:
-    """Every node of a graph, once."""
-    seen, left = set(), [x.grad_fn for x in outputs]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            left += [after for after, _ in node.next_functions]
-
-
-def _uses(output: Tensor, wanted: set[int]) -> dict[int, int]:
-    """How often each parameter enters the graph of the output."""
-    found: dict[int, int] = {}
-    for node in _nodes(output):
-        for after, _ in node.next_functions:
-            key = id(getattr(after, "variable", None))
-            if key in wanted:
-                found[key] = found.get(key, 0) + 1
-    return found
 
 
 def _same(x: Tensor) -> Tensor:
