@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lwkd.curvature import TraceEstimate
 from lwkd.curvature.gauss_newton import known_loss
-from lwkd.curvature.trace import check_options, estimate
+from lwkd.curvature.settings import check_options
+from lwkd.curvature.trace import estimate
 from lwkd.layers import LayerPairs
 from lwkd.meters.blocks import Blocks
 from lwkd.ops.checks import flag, message

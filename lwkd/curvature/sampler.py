@@ -1,0 +1,147 @@
+"""Draws samples of traces, batch by batch and probe by probe, until they are enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwkd.curvature.block import Graph
+from lwkd.curvature.gauss_newton import known_loss
+from lwkd.curvature.settings import Settings
+from lwkd.curvature.targets import Target, batches_of, size_of
+from lwkd.factoring import refuse_coupled
+from lwkd.ops.checks import message
+
+_OP = "hessian_trace"
+_ODD = 0x9E3779B97F4A7C15  # from batch to batch: other random outputs, the same signs of parameters
+_REASONS = {
+    "gauss_newton": "asked for: the Gauss–Newton block's trace, which is the Hessian's only where "
+    "the outputs are linear in the layer's parameters (estimator='auto' tests it)",
+    "block": "asked for",
+    "hutchinson": "asked for",
+}
+
+
+class Sampler:
+    """Draws samples [K, L] from all batches."""
+
+    def __init__(
+        self, network: nn.Module, loss_fn: Any, targets: list[Target], settings: Settings
+    ) -> None:
+        self._network, self._loss_fn, self._targets = network, loss_fn, targets
+        self._settings = settings
+        way = settings.estimator
+        self.found: list[tuple[str, str]] = [(way, _REASONS.get(way, "")) for _ in targets]
+        self._coupled = _coupled(network)
+        if way == "gauss_newton":
+            for name, module in network.named_modules():
+                refuse_coupled(_OP, name, module)
+
+    def run(self, batch: Any) -> Tensor:
+        """Samples of every probe, until they are as many or as sure as was asked for."""
+        s = self._settings
+        if s.tol is None:
+            return self._round(batches_of(_OP, batch), 0, 1 if s.exact else s.probes)
+        batches = list(batches_of(_OP, batch))
+        kept = [self._graph(batches[0])] if len(batches) == 1 else None
+        samples = self._round(batches, 0, min(max(s.probes, 2), s.most), kept)
+        while len(samples) < s.most and not _sure(samples, s.tol):
+            more = min(s.probes, s.most - len(samples))
+            samples = torch.cat([samples, self._round(batches, len(samples), more, kept)])
+        return samples
+
+    def _round(self, batches: Any, first: int, count: int, kept: Any = None) -> Tensor:
+        """[count, L] of the mean over all batches, by samples."""
+        total: Tensor | None = None
+        weight = 0
+        for b, batch in enumerate(batches):
+            graph = kept[b] if kept else self._graph(batch)
+            n = size_of(batch[0])
+            part = n * self._samples(graph, b, first, count)
+            total, weight = part if total is None else total + part, weight + n
+            del graph  # before the next one is built
+        if total is None:
+            raise ValueError(message(_OP, "batch", "at least one batch", "none"))
+        samples = total / weight
+        if not bool(samples.isfinite().all()):
+            probe, layer = (~samples.isfinite()).nonzero()[0].tolist()
+            expected, got = (
+                "a finite trace",
+                f"{float(samples[probe, layer])} from probe {first + probe}",
+            )
+            raise ValueError(
+                message(_OP, "loss_fn", expected, got, layer=self._targets[layer].name)
+            )
+        return samples
+
+    def _graph(self, batch: tuple[Any, Any]) -> Graph:
+        s, ways = self._settings, [way for way, _ in self.found]
+        graph = Graph(_OP, self._network, self._loss_fn, batch, self._targets, ways,
+                      count=s.chunk > 1)  # fmt: skip
+        if "auto" in ways:
+            self.found = graph.examine(self._coupled, known_loss(self._loss_fn) is not None)
+            graph.ways = [way for way, _ in self.found]
+            if s.exact and "block" in graph.ways:
+                layer = graph.ways.index("block")
+                expected = "layers whose trace is the Gauss–Newton block's, for exact=True"
+                got, name = self.found[layer][1], self._targets[layer].name
+                raise ValueError(message(_OP, "exact", expected, got, layer=name))
+        if s.chunk > 1:
+            _check_room(graph.loss.device, graph.bytes, s.chunk)
+        return graph
+
+    def _samples(self, graph: Graph, b: int, first: int, count: int) -> Tensor:
+        """[count, L] of one batch."""
+        s, targets = self._settings, self._targets
+        out = graph.loss.new_zeros((count, len(targets)), dtype=torch.float64)
+        factored = [layer for layer, way in enumerate(graph.ways) if way == "gauss_newton"]
+        if factored and s.exact:
+            for v in graph.curvature().columns():
+                out[0, factored] += graph.squares(factored, v)
+        elif factored:
+            seed = (s.seed + b * _ODD) % 2**64
+            for k in range(count):
+                v = graph.curvature().vectors(seed, first + k)
+                out[k, factored] = graph.squares(factored, v)
+        joint = [layer for layer, way in enumerate(graph.ways) if way == "hutchinson"]
+        single = [layer for layer, way in enumerate(graph.ways) if way == "block"]
+        for k in range(0, count, s.chunk):
+            some = min(s.chunk, count - k)
+            for group in ([joint] if joint else []) + [[layer] for layer in single]:
+                chosen = [targets[layer] for layer in group]
+                found = graph.products(chosen, s.seed, first + k, some)
+                for layer in group:
+                    out[k : k + some, layer] = sum(found[i] for i in targets[layer].indices)
+        return out
+
+
+def _coupled(network: nn.Module) -> str:
+    """Why a sample's output is not its own, or nothing."""
+    try:
+        for name, module in network.named_modules():
+            refuse_coupled(_OP, name, module)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _sure(samples: Tensor, tol: float) -> bool:
+    stderr = samples.std(0) / len(samples) ** 0.5
+    return bool((stderr <= tol * samples.mean(0).abs()).all())
+
+
+def _check_room(device: torch.device, graph: int, chunk: int) -> None:
+    """Raise where a second backward pass of so many probes will not fit."""
+    free = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "cpu" and Path("/proc/meminfo").exists():
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    if free is not None and chunk * graph > free:
+        expected = f"room for {chunk} times the graph's {graph / 2**20:.0f} MiB"
+        raise RuntimeError(message(_OP, "chunk", expected, f"{free / 2**20:.0f} MiB free"))
