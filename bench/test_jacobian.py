@@ -182,14 +182,14 @@ def stacked_norm(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     return ((x @ x.mT) * (y @ y.mT)).sum((1, 2)).mean()
 
 
-def _ours_factors(case: FactorsCase) -> Callable[..., Tensor]:
+def _ours_factors(case: FactorsCase, backend: str | None = None) -> Callable[..., Tensor]:
     def item(factors: Sequence[Tensor]) -> Any:
         if case.conv:
             return ConvFactors(*factors, (3, 3), (1, 1), (1, 1), (1, 1), 1, False)
         return Factors(*factors)
 
     return lambda s, t: layer_discrepancy(
-        [item(s)], [item(t)], kind="jacobian", normalize=case.normalize
+        [item(s)], [item(t)], kind="jacobian", normalize=case.normalize, backend=backend
     )
 
 
@@ -250,11 +250,13 @@ def _race_factors(race: Any, case: FactorsCase) -> None:
         formulas["ghost norm"] = stacked_norm
     formulas = {name: in_float32(formula) for name, formula in formulas.items()}
     formulas = {"lwkd": _ours_factors(case), **formulas}
+    if case.device == "cuda" and backends.CUDA.live and backends.TRITON.live:
+        formulas["lwkd compiled"] = _ours_factors(case, "compiled")
     exact = _exact_factors(inputs, case.normalize)
     for name, formula in formulas.items():
         # Triton multiplies short dtypes in TF32.
         ours = 2e-6 if case.dtype == torch.float32 else 1e-3
-        limit = ours if name == "lwkd" else 2e-3
+        limit = ours if name.startswith("lwkd") else 2e-3
         error = float((formula(*inputs).double() - exact).abs() / exact)
         assert error <= limit, f"{name}: off by {error:.1e} > {limit}"
     floor = _Products(case)
