@@ -213,6 +213,21 @@ class ProbeCase:
 
 
 @dataclass(frozen=True)
+class JointCase:
+    """Eight joint probes of every layer's trace; the networks are those of bench/traces.py."""
+
+    name: str
+    title: str
+    device: str
+    network: int
+    samples: int = 8  # probes
+    modes: tuple[str, ...] = (FORWARD,)
+
+    def quick(self) -> JointCase:
+        return replace(self, title=f"{self.title} (quick)", network=0, samples=1)
+
+
+@dataclass(frozen=True)
 class StepCase:
     """A whole distillation step: ResNet-50 teaches ResNet-18, with autocast to bfloat16."""
 
@@ -269,6 +284,13 @@ PROBE_CASES = (
     ProbeCase("probes", "Probe of ResNet-50, 25.6 M", "cpu", (3, 4, 6, 3), 64),
     ProbeCase("gpu-probes", "Probe of ResNet-50, 25.6 M", "cuda", (3, 4, 6, 3), 64),
 )
+JOINT_CASES = tuple(
+    JointCase(name, f"8 joint probes, {title}", "cpu", k)
+    for k, (name, title) in enumerate(
+        (("joint-mlp", "MLP, 2.9 M, N=64"), ("joint-resnet18", "ResNet-18, N=32, 32²"),
+         ("joint-vit", "ViT d192 × 4, N=8"))
+    )
+)  # fmt: skip
 STEP_CASE = StepCase(
     "gpu-distillation", "Distillation step, ResNet-50 → ResNet-18, N=256, bf16", "cuda", 256, 224
 )

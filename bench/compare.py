@@ -18,6 +18,7 @@ from bench.cases import (
     CPU_CASES,
     FACTORS_CASES,
     GPU_CASES,
+    JOINT_CASES,
     METER_CASES,
     PROBE_CASES,
     ROWS_CASES,
@@ -44,14 +45,14 @@ JACOBIAN_RIVALS = {
 HESSIAN_RIVALS = {
     "torch.compile": ("compile",),
     "stored signs": ("stored signs",),
-    "torch's signs": ("torch's signs",),
+    "torch's signs": ("torch's signs", "PyHessian's way"),
 }
 UNMEASURED, ABSENT = "unmeasured", "–"
 _JACOBIAN: tuple[Any, ...] = (*ROWS_CASES, *FACTORS_CASES, *METER_CASES)
 # Device -> the cases of every kind's table.
 CASES: dict[str, tuple[Sequence[Any], ...]] = {
     device: (own, *([case for case in kind if case.device == device]
-                    for kind in (_JACOBIAN, PROBE_CASES)))
+                    for kind in (_JACOBIAN, (*PROBE_CASES, *JOINT_CASES))))
     for device, own in (("cpu", CPU_CASES), ("cuda", GPU_CASES))
 }  # fmt: skip
 # What every row says; a pass over a whole step has no gbps, but says so.
@@ -202,7 +203,8 @@ def render(machines: dict[Machine, Measured]) -> str:
         "student layer. A time over the floor's: the floor reads every input once (f) and reads "
         "the student's again and writes as much (f+b); of factors it is the library's products of "
         "the contraction with the fewest operations, of a meter a forward and a backward of both "
-        "networks. Medians of ratios within a round.",
+        "networks, of joint probes the Hessian-vector products alone. Medians of ratios within a "
+        "round.",
         "",
     ]
     for device, label in (("cpu", "CPU"), ("cuda", "GPU")):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import FORWARD, PROBE_CASES, ProbeCase
+from bench import traces
+from bench.cases import FORWARD, JOINT_CASES, PROBE_CASES, JointCase, ProbeCase
 from lwkd.ops import backends, probe_dot, rademacher
 from lwkd.ops.philox import signs
 
@@ -71,3 +72,35 @@ def test_probes_cpu(cpu_benchmark: Any, case: ProbeCase) -> None:
 @_cases("cuda")
 def test_probes_gpu(gpu_benchmark: Any, case: ProbeCase) -> None:
     _race(gpu_benchmark, case.quick() if gpu_benchmark.quick else case)
+
+
+# --- joint probes of a whole network -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", JOINT_CASES, ids=lambda case: case.name)
+def test_joint_cpu(cpu_benchmark: Any, case: JointCase) -> None:
+    """Both ways of one estimator: what differs is all that is not the product itself."""
+    case = case.quick() if cpu_benchmark.quick else case
+    problem = traces.problem_of(*traces.NETWORKS[case.network])
+    ours = partial(traces.ours, problem, "hutchinson", case.samples, 0)
+    graph, params = traces.first_order(problem)
+    vs = [rademacher(p, seed=0, layer=i) for i, p in enumerate(params)]
+    want = sum((v * h).sum() for v, h in zip(vs, _product(graph, params, vs), strict=True))
+    error = float((ours()[0].sum() - want).abs() / want.abs())
+    assert error <= 1e-3, f"traces and products differ by {error:.1e}"
+
+    def products() -> None:
+        own, own_params = traces.first_order(problem)
+        for _ in range(case.samples):
+            _product(own, own_params, vs)
+
+    cpu_benchmark(
+        case, FORWARD,
+        {"lwkd": [ours], "PyHessian's way": [partial(traces.joint, problem, case.samples, 0)],
+         "floor": [products]},
+        info={"floor_is": "the graph and the products, of signs that are there"},
+    )  # fmt: skip
+
+
+def _product(graph: Any, params: list[Tensor], vs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(graph, params, vs, retain_graph=True)

@@ -57,26 +57,26 @@ class Method(NamedTuple):
     probes: int
 
 
-def problems() -> list[Problem]:
-    found = []
-    for name, n, shape in (
-        ("MLP, 2.9 M, ReLU", 64, (784,)),
-        ("ResNet-18, 32², BatchNorm in eval mode, ReLU", 32, (3, 32, 32)),
-        ("ViT d192 × 4, GELU", 8, (3, 32, 32)),
-    ):
-        torch.manual_seed(0)
-        if name.startswith("MLP"):
-            widths = (784, 1024, 1024, 1024, 10)
-            parts: list[nn.Module] = []
-            for a, b in pairwise(widths):
-                parts += [nn.Linear(a, b), nn.ReLU()]
-            net: nn.Module = nn.Sequential(*parts[:-1])
-        else:
-            net = _network("resnet18" if name.startswith("ResNet") else "vit")
-        layers = [n for n, m in net.named_modules() if list(m.parameters(recurse=False))]
-        x, y = torch.randn(n, *shape), torch.randint(10, (n,))
-        found.append(Problem(name, net, layers, x, y, "ReLU" in name))
-    return found
+# Title, samples, their shape.
+NETWORKS = (
+    ("MLP, 2.9 M, ReLU", 64, (784,)),
+    ("ResNet-18, 32², BatchNorm in eval mode, ReLU", 32, (3, 32, 32)),
+    ("ViT d192 × 4, GELU", 8, (3, 32, 32)),
+)
+
+
+def problem_of(name: str, n: int, shape: tuple[int, ...]) -> Problem:
+    torch.manual_seed(0)
+    if name.startswith("MLP"):
+        parts: list[nn.Module] = []
+        for a, b in pairwise((784, 1024, 1024, 1024, 10)):
+            parts += [nn.Linear(a, b), nn.ReLU()]
+        net: nn.Module = nn.Sequential(*parts[:-1])
+    else:
+        net = _network("resnet18" if name.startswith("ResNet") else "vit")
+    layers = [n for n, m in net.named_modules() if list(m.parameters(recurse=False))]
+    x, y = torch.randn(n, *shape), torch.randint(10, (n,))
+    return Problem(name, net, layers, x, y, "ReLU" in name)
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -89,21 +89,26 @@ def ours(problem: Problem, estimator: str, probes: int, seed: int) -> Tensor:
     ).samples  # fmt: skip
 
 
+def first_order(problem: Problem) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The loss's gradients with their graph, and the parameters."""
+    params = list(problem.net.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = F.cross_entropy(problem.net(problem.x), problem.y)
+        return torch.autograd.grad(loss, params, create_graph=True), params
+
+
 def joint(problem: Problem, probes: int, seed: int) -> Tensor:
     """Probes over all layers at once, as PyHessian makes them: one graph, a product a probe."""
     torch.manual_seed(seed)
     owned = dict(problem.net.named_parameters())
-    params = list(owned.values())
-    with sdpa_kernel(SDPBackend.MATH):
-        loss = F.cross_entropy(problem.net(problem.x), problem.y)
-        grads = torch.autograd.grad(loss, params, create_graph=True)
-        samples = []
-        for _ in range(probes):
-            v = [torch.randint_like(p, high=2).mul_(2).sub_(1) for p in params]
-            hv = torch.autograd.grad(grads, params, v, retain_graph=True)
-            own = {n: (a * b).sum() for n, a, b in zip(owned, v, hv, strict=True)}
-            samples.append([sum(own[n] for n in owned if n.rpartition(".")[0] == layer)
-                            for layer in problem.layers])  # fmt: skip
+    grads, params = first_order(problem)
+    samples = []
+    for _ in range(probes):
+        v = [torch.randint_like(p, high=2).mul_(2).sub_(1) for p in params]
+        hv = torch.autograd.grad(grads, params, v, retain_graph=True)
+        own = {n: (a * b).sum() for n, a, b in zip(owned, v, hv, strict=True)}
+        samples.append([sum(own[n] for n in owned if n.rpartition(".")[0] == layer)
+                        for layer in problem.layers])  # fmt: skip
     return torch.tensor(samples, dtype=torch.float64)
 
 
@@ -180,7 +185,8 @@ def _exact(problem: Problem) -> Tensor:
 
 def study(seeds: int) -> Iterator[rows.Row]:
     """A row a network and method; ``seeds``: how many times every method draws its probes."""
-    for problem in problems():
+    for network in NETWORKS:
+        problem = problem_of(*network)
         want = _exact(problem) if problem.linear else ours(problem, "auto", 32, 99).mean(0)
         for method in methods(problem):
             try:
