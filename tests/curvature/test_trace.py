@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -263,6 +264,24 @@ def test_wrapped_and_compiled_networks() -> None:
                     torch.compile(net, backend="eager")):  # fmt: skip
         got = trace(wrapped, "CNN, ReLU", exact=True)
         torch.testing.assert_close(got.mean, want)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_a_network_under_ddp(tmp_path: Path) -> None:
+    """DDP refuses second derivatives: the network inside is what is measured."""
+    net = network("CNN, GELU")
+    want = trace(net, "CNN, GELU", probes=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        got = hessian_trace(wrapped, F.cross_entropy, (X, Y), LAYERS["CNN, GELU"], probes=2)
+        F.cross_entropy(wrapped(X), Y).backward()  # its reducer works as before
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(got.samples, want.samples)
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_channels_last_and_autocast() -> None:
