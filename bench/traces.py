@@ -4,7 +4,7 @@
     python -m bench.traces --show bench/results/traces/hessian.jsonl
 
 A method's probes cost time and have a variance, layer by layer: a relative standard error of 5 %
-takes variance / (0.05 · trace)² of them, and one at least. The traces themselves are exact where
+takes variance / (0.05 · trace)² of them, and one at least, after what comes before the first. The traces themselves are exact where
 outputs are linear in the layers, else the mean of 32 probes of the least noisy method. Methods of
 other libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
 """
@@ -191,34 +191,43 @@ def study(seeds: int) -> Iterator[rows.Row]:
         for method in methods(problem):
             try:
                 method.run(min(method.probes, 1), 0)  # warm
-                times, samples = [], []
-                for seed in range(seeds):
-                    start = time.perf_counter()
-                    samples.append(method.run(method.probes, seed))
-                    times.append(time.perf_counter() - start)
+                samples = [method.run(method.probes, seed) for seed in range(seeds)]
+                one = _seconds(partial(method.run, min(method.probes, 1), 0))
+                many = _seconds(partial(method.run, method.probes, 0)) if method.probes else one
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
                 yield {"network": problem.title, "arm": method.name, "seconds": None, "why": why}
                 continue
             yield {"model": _processor(), "threads": torch.get_num_threads()} | _row(
-                problem, method, torch.cat(samples), median(times), want
+                problem, method, torch.cat(samples), one, many, want
             )
 
 
+def _seconds(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
 def _row(
-    problem: Problem, method: Method, samples: Tensor, seconds: float, want: Tensor
+    problem: Problem, method: Method, samples: Tensor, one: float, many: float, want: Tensor
 ) -> rows.Row:
+    """``one``, ``many``: seconds of one probe and of all, with what comes before the first."""
     off = ((samples.mean(0) - want).abs() / want.abs()).tolist()
     if method.probes == 0:
         needed, spread = [1.0] * len(want), [0.0] * len(want)
-        each = seconds
+        each, before = one, 0.0
     else:
         spread = (samples.std(0) / want.abs()).tolist()
         needed = [max(1.0, (s / WANTED) ** 2) for s in spread]
-        each = seconds / method.probes
+        each = (many - one) / (method.probes - 1)
+        before = max(one - each, 0.0)
     return {
-        "network": problem.title, "arm": method.name, "seconds": max(needed) * each,
-        "seconds_a_probe": each, "probes": max(needed), "layers": len(want),
+        "network": problem.title, "arm": method.name, "seconds": before + max(needed) * each,
+        "seconds_before": before, "seconds_a_probe": each, "probes": max(needed), "layers": len(want),
         "spread": [round(s, 4) for s in spread], "off": [round(o, 4) for o in off],
     }  # fmt: skip
 
@@ -226,9 +235,9 @@ def _row(
 def table(found: list[rows.Row]) -> str:
     """Return the times as Markdown; the last column: how many times as long as lwkd's auto."""
     lines = [
-        "| network | method | ms a probe | relative std of a probe, best to worst layer | probes | "
+        "| network | method | ms before | ms a probe | relative std of a probe, best to worst layer | probes | "
         "time to 5 % on every layer | against `auto` |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for network in dict.fromkeys(r["network"] for r in found):
         own = {r["arm"]: r for r in found if r["network"] == network}
@@ -236,10 +245,11 @@ def table(found: list[rows.Row]) -> str:
         for arm, r in own.items():
             if r["seconds"] is None:
                 why = r["why"].split(":")[0]
-                lines.append(f"| {network} | {arm} | – | – | – | does not run ({why}) | – |")
+                lines.append(f"| {network} | {arm} | – | – | – | – | does not run ({why}) | – |")
                 continue
             lines.append(
-                f"| {network} | {arm} | {1e3 * r['seconds_a_probe']:.1f} | "
+                f"| {network} | {arm} | {1e3 * r['seconds_before']:.0f} | "
+                f"{1e3 * r['seconds_a_probe']:.1f} | "
                 f"{min(r['spread']):.2f} to {max(r['spread']):.2f} | {r['probes']:,.0f} | "
                 f"{_time(r['seconds'])} | {r['seconds'] / base:,.3g} × |"
             )
