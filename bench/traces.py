@@ -4,9 +4,10 @@
     python -m bench.traces --show bench/results/traces/hessian.jsonl
 
 A method's probes cost time and have a variance, layer by layer: a relative standard error of 5 %
-takes variance / (0.05 · trace)² of them, and one at least, after what comes before the first. The traces themselves are exact where
-outputs are linear in the layers, else the mean of 32 probes of the least noisy method. Methods of
-other libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
+takes variance / (0.05 · trace)² of them, and one at least, after what comes before the first (a
+graph, a test). The traces themselves are exact where outputs are linear in the layers, else the
+mean of 32 probes of the least noisy method. Methods of other libraries are measured where these are
+installed (PyHessian, curvlinops, BackPACK).
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ def _row(
         before = max(one - each, 0.0)
     return {
         "network": problem.title, "arm": method.name, "seconds": before + max(needed) * each,
-        "seconds_before": before, "seconds_a_probe": each, "probes": max(needed), "layers": len(want),
+        "seconds_before": before, "seconds_a_probe": each, "probes": max(needed),
+        "layers": len(want),
         "spread": [round(s, 4) for s in spread], "off": [round(o, 4) for o in off],
     }  # fmt: skip
 
@@ -235,7 +237,8 @@ def _row(
 def table(found: list[rows.Row]) -> str:
     """Return the times as Markdown; the last column: how many times as long as lwkd's auto."""
     lines = [
-        "| network | method | ms before | ms a probe | relative std of a probe, best to worst layer | probes | "
+        "| network | method | ms before | ms a probe | "
+        "relative std of a probe, best to worst layer | probes | "
         "time to 5 % on every layer | against `auto` |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
