@@ -181,8 +181,11 @@ def test_the_table_of_traces_is_that_of_the_recorded_rows() -> None:
         assert joint >= (1000 if linear else 20) * own["lwkd auto"]
         assert joint >= (30 if linear else 20) * own["lwkd block"]
         ratios.append(min(others) / own["lwkd gauss_newton" if linear else "lwkd block"])
-    # Of the ViT both are probes of one block: what differs is how well their variance is known.
-    assert min(ratios) >= 0.8
+        if linear:
+            assert ratios[-1] >= 1
+        else:  # both are probes of one block: what one takes, not how well its variance is known
+            each = {r["arm"]: r.get("seconds_a_probe") for r in found if r["network"] == network}
+            assert each["curvlinops, a block a layer"] >= each["lwkd block"]
     assert math.prod(ratios) ** (1 / len(ratios)) >= 2
 
 

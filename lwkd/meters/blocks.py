@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +15,7 @@ _Recorder = TypeVar("_Recorder")
 _Self = TypeVar("_Self", bound="Blocks[Any]")
 
 
-class Blocks(Generic[_Recorder]):
+class Blocks(ABC, Generic[_Recorder]):
     """A meter's with-blocks: every ``every``-th is due and watched, in the others no hooks live.
 
     A block that ends with an exception leaves nothing and is not counted.
@@ -44,9 +45,9 @@ class Blocks(Generic[_Recorder]):
         self._sides: tuple[_Recorder, _Recorder] | None = None  # of the last block, if it was due
         self._ready = False
 
+    @abstractmethod
     def _watch(self, stack: ExitStack) -> tuple[_Recorder, _Recorder]:
         """Install the hooks of a block on both networks; the stack removes them."""
-        raise NotImplementedError
 
     def __enter__(self: _Self) -> _Self:
         if self._hooks is not None:
