@@ -4,6 +4,7 @@
 // The two sums that a sample's distance needs, ‖U‖² and ⟨U, G_S⟩, hold for any c: a guess from the
 // factors' own norms serves, and ‖cG_T‖² = ‖G_S‖² − 2⟨U, G_S⟩ + ‖U‖² says how good it was. Where it
 // was so bad that digits are lost, the sample is done again with a better one.
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -165,7 +166,8 @@ double distance_of(const Sums& sums, How how, double c, double* mended) {
   const double ns = std::sqrt(ss), nv = std::sqrt(vv), nt = nv / c;
   if (ns < kEps || nt < kEps) {
     const double a = std::max(ns, kEps), b = std::max(nt, kEps);
-    const double st = (ss - us) / c, tt = vv / (c * c);
+    const double most = ns * nt, tt = vv / (c * c);
+    const double st = std::clamp((ss - us) / c, -most, most);
     const double d = ss / (a * a) + tt / (b * b) - 2 * (st / (a * b));
     return d < 0 ? 0 : d;
   }

@@ -177,7 +177,7 @@ const A* line(const char* from, ScalarType dtype, int64_t stride, int64_t count,
   if (element_size(dtype) == sizeof(A) && (stride == 1 || count == 1))
     return reinterpret_cast<const A*>(from);
   with_storage<A>(dtype, [&](auto type) {
-    bring(reinterpret_cast<const decltype(type)*>(from), stride, count, buffer);
+    bring(reinterpret_cast<const decltype(type)*>(from), Runs{count, stride, 1, 0}, buffer);
   });
   return buffer;
 }

@@ -35,21 +35,14 @@ class Logical {
     return same ? reinterpret_cast<A*>(data) + begin : nullptr;
   }
 
-  // Calls run(address, stride, first, count) for the runs that cover [begin, end).
+  // Calls run(address, runs, first) for what covers [begin, end).
   template <typename Run>
   void cover(int64_t begin, int64_t end, const Run& run) const {
-    const int64_t inner = size_.empty() ? 1 : size_.back();
-    const int64_t step = size_.empty() ? 0 : stride_.back();
-    for (int64_t at = begin; at < end;) {
-      int64_t offset = 0, index = at / inner;
-      for (int64_t d = int64_t(size_.size()) - 2; d >= 0; --d) {
-        offset += index % size_[d] * stride_[d];
-        index /= size_[d];
-      }
-      const int64_t skipped = at % inner, count = std::min(inner - skipped, end - at);
-      run(data + (offset + skipped * step) * element_size(dtype), step, at - begin, count);
-      at += count;
-    }
+    cover_grid(
+        size_, [&](int64_t d) { return stride_[d]; }, begin, end,
+        [&](int64_t offset, Runs runs, int64_t first) {
+          run(data + offset * element_size(dtype), runs, first);
+        });
   }
 
   char* data;
@@ -152,8 +145,8 @@ Tensor rademacher(Tensor like, int64_t seed, int64_t layer, int64_t probe) {
       if (in_place != nullptr) return;
       with_storage<A>(to.dtype, [&](auto stored) {
         using T = decltype(stored);
-        to.cover(begin, end, [&](char* at, int64_t stride, int64_t first, int64_t count) {
-          put(buffer + first, reinterpret_cast<T*>(at), stride, count);
+        to.cover(begin, end, [&](char* at, Runs runs, int64_t first) {
+          put(buffer + first, reinterpret_cast<T*>(at), runs);
         });
       });
     };
@@ -169,8 +162,8 @@ double tile_sum(const Logical& x, const uint32_t* words, int64_t begin, int64_t 
   if (from == nullptr) {
     with_storage<A>(x.dtype, [&](auto stored) {
       using T = decltype(stored);
-      x.cover(begin, end, [&](char* at, int64_t stride, int64_t first, int64_t count) {
-        bring(reinterpret_cast<const T*>(at), stride, count, buffer + first);
+      x.cover(begin, end, [&](char* at, Runs runs, int64_t first) {
+        bring(reinterpret_cast<const T*>(at), runs, buffer + first);
       });
     });
     from = buffer;

@@ -76,28 +76,39 @@ LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double ow
   for (; q < count; ++q) at(double(), q);
 }
 
-// Numbers of any stride and storage type to numbers of the compute type side by side, and back.
+// Runs to numbers of the compute type side by side, and back.
 template <typename T, typename A>
-LWKD_INLINE void gather(const T* from, int64_t stride, int64_t count, A* to) {
-  for (int64_t q = 0; q < count; ++q) to[q] = static_cast<A>(widen(from[q * stride]));
+LWKD_INLINE void gather(const T* from, Runs runs, A* to) {
+  for (int64_t r = 0; r < runs.rows; ++r, from += runs.row_stride, to += runs.count)
+    for (int64_t q = 0; q < runs.count; ++q) to[q] = static_cast<A>(widen(from[q * runs.stride]));
 }
 template <typename T, typename A>
-LWKD_INLINE void gather_dense(const T* from, int64_t count, A* to) {
-  int64_t q = 0;
-  if constexpr (std::is_same_v<A, float>)
-    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
-  for (; q < count; ++q) to[q] = static_cast<A>(widen(from[q]));
+LWKD_INLINE void gather_dense(const T* from, Runs runs, A* to) {
+  for (int64_t r = 0; r < runs.rows; ++r, from += runs.row_stride, to += runs.count) {
+    int64_t q = 0;
+    if constexpr (std::is_same_v<A, float>) {
+      for (; q + 8 <= runs.count; q += 8) store(load(from + q), to + q);
+      if (q > 0 && q < runs.count) {  // the last 8 again: faster than one by one
+        q = runs.count;
+        store(load(from + q - 8), to + q - 8);
+      }
+    }
+    for (; q < runs.count; ++q) to[q] = static_cast<A>(widen(from[q]));
+  }
 }
 template <typename T, typename A>
-LWKD_INLINE void scatter(const A* from, T* to, int64_t stride, int64_t count) {
-  for (int64_t q = 0; q < count; ++q) narrow(from[q], to[q * stride]);
+LWKD_INLINE void scatter(const A* from, T* to, Runs runs) {
+  for (int64_t r = 0; r < runs.rows; ++r, from += runs.count, to += runs.row_stride)
+    for (int64_t q = 0; q < runs.count; ++q) narrow(from[q], to[q * runs.stride]);
 }
 template <typename T, typename A>
-LWKD_INLINE void scatter_dense(const A* from, T* to, int64_t count) {
-  int64_t q = 0;
-  if constexpr (std::is_same_v<A, float>)
-    for (; q + 8 <= count; q += 8) store(load(from + q), to + q);
-  for (; q < count; ++q) narrow(from[q], to[q]);
+LWKD_INLINE void scatter_dense(const A* from, T* to, Runs runs) {
+  for (int64_t r = 0; r < runs.rows; ++r, from += runs.count, to += runs.row_stride) {
+    int64_t q = 0;
+    if constexpr (std::is_same_v<A, float>)
+      for (; q + 8 <= runs.count; q += 8) store(load(from + q), to + q);
+    for (; q < runs.count; ++q) narrow(from[q], to[q]);
+  }
 }
 
 // --- one ordinary function per type: clones need that
@@ -131,12 +142,12 @@ LWKD_PIECES(double, double)
   fence_past();
 }
 
-#define LWKD_MOVES(T, A)                                                                         \
-  [[maybe_unused]] LWKD_CLONES void bring(const T* from, int64_t stride, int64_t count, A* to) { \
-    stride == 1 ? gather_dense(from, count, to) : gather(from, stride, count, to);               \
-  }                                                                                              \
-  [[maybe_unused]] LWKD_CLONES void put(const A* from, T* to, int64_t stride, int64_t count) {   \
-    stride == 1 ? scatter_dense(from, to, count) : scatter(from, to, stride, count);             \
+#define LWKD_MOVES(T, A)                                                        \
+  [[maybe_unused]] LWKD_CLONES void bring(const T* from, Runs runs, A* to) {    \
+    runs.stride == 1 ? gather_dense(from, runs, to) : gather(from, runs, to);   \
+  }                                                                             \
+  [[maybe_unused]] LWKD_CLONES void put(const A* from, T* to, Runs runs) {      \
+    runs.stride == 1 ? scatter_dense(from, to, runs) : scatter(from, to, runs); \
   }
 LWKD_MOVES(float, float)
 LWKD_MOVES(Half, float)
@@ -162,8 +173,8 @@ const A* fetch(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t e
   if (const A* in_place = walk.direct<A>(k, row, begin)) return in_place;
   with_storage<A>(walk.streams[k].dtype, [&](auto type) {
     using T = decltype(type);
-    walk.cover(k, row, begin, end, [&](char* from, int64_t stride, int64_t first, int64_t count) {
-      bring(reinterpret_cast<const T*>(from), stride, count, buffer + first);
+    walk.cover(k, row, begin, end, [&](char* from, Runs runs, int64_t first) {
+      bring(reinterpret_cast<const T*>(from), runs, buffer + first);
     });
   });
   return buffer;
@@ -173,8 +184,8 @@ template <typename A>
 void leave(const RowWalk& walk, int k, int64_t row, int64_t begin, int64_t end, const A* buffer) {
   with_storage<A>(walk.streams[k].dtype, [&](auto type) {
     using T = decltype(type);
-    walk.cover(k, row, begin, end, [&](char* to, int64_t stride, int64_t first, int64_t count) {
-      put(buffer + first, reinterpret_cast<T*>(to), stride, count);
+    walk.cover(k, row, begin, end, [&](char* to, Runs runs, int64_t first) {
+      put(buffer + first, reinterpret_cast<T*>(to), runs);
     });
   });
 }

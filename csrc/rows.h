@@ -19,6 +19,36 @@ struct Stream {
   int64_t stride_n;  // in elements
 };
 
+// `rows` runs of elements of one stride.
+struct Runs {
+  int64_t count, stride;  // of a run, in elements
+  int64_t rows, row_stride;
+};
+
+// Calls run(offset, runs, first) for the runs, along the last dimension, that cover elements
+// [begin, end) of a grid, as many rows of them at once as there are; strides(d) of dimension d.
+template <typename Strides, typename Run>
+void cover_grid(const std::vector<int64_t>& size, const Strides& strides, int64_t begin,
+                int64_t end, const Run& run) {
+  const int64_t last = int64_t(size.size()) - 1;
+  if (last < 0) return run(0, Runs{end - begin, 0, 1, 0}, 0);
+  const int64_t inner = size[last], step = strides(last);
+  const int64_t outer = last > 0 ? size[last - 1] : 1, row_step = last > 0 ? strides(last - 1) : 0;
+  for (int64_t at = begin; at < end;) {
+    const int64_t skipped = at % inner, row = at / inner % outer;
+    int64_t offset = skipped * step + row * row_step, index = at / inner / outer;
+    for (int64_t d = last - 2; d >= 0; --d) {
+      offset += index % size[d] * strides(d);
+      index /= size[d];
+    }
+    const bool whole = skipped == 0 && end - at >= inner;
+    const int64_t rows = whole ? std::min(outer - row, (end - at) / inner) : 1;
+    const int64_t count = std::min(inner - skipped, end - at);
+    run(offset, Runs{count, step, rows, row_step}, at - begin);
+    at += rows * count;
+  }
+}
+
 // The dimensions of a row, outermost first, merged where no tensor has a gap between them.
 struct RowWalk {
   int64_t n = 0, length = 1;  // rows, elements of a row
@@ -61,22 +91,16 @@ struct RowWalk {
                 : nullptr;
   }
 
-  // Calls run(address, stride, first, count) for the runs of stream k that cover [begin, end).
+  // Calls run(address, runs, first) for what covers elements [begin, end) of stream k.
   template <typename Run>
   void cover(int k, int64_t row, int64_t begin, int64_t end, const Run& run) const {
     const Stream& s = streams[k];
-    const int64_t element = element_size(s.dtype), inner = size.empty() ? 1 : size.back();
-    for (int64_t at = begin; at < end;) {
-      int64_t offset = row * s.stride_n, index = at / inner;
-      for (int64_t d = int64_t(size.size()) - 2; d >= 0; --d) {
-        offset += index % size[d] * stride[d][k];
-        index /= size[d];
-      }
-      const int64_t skipped = at % inner, count = std::min(inner - skipped, end - at);
-      const int64_t step = size.empty() ? 0 : stride.back()[k];
-      run(s.data + (offset + skipped * step) * element, step, at - begin, count);
-      at += count;
-    }
+    char* data = s.data + row * s.stride_n * element_size(s.dtype);
+    cover_grid(
+        size, [&](int64_t d) { return stride[d][k]; }, begin, end,
+        [&](int64_t offset, Runs runs, int64_t first) {
+          run(data + offset * element_size(s.dtype), runs, first);
+        });
   }
 };
 

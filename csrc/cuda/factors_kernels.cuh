@@ -263,7 +263,9 @@ __global__ void __launch_bounds__(kThreads)
     const double vv = no_less_than_0(ss - 2 * us + uu);  // v = c·G_T
     const double ns = sqrt(ss), nv = sqrt(vv), nt = nv / c;
     if (ns < kEps || nt < kEps) {
-      const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt, st = (ss - us) / c;
+      const double a = ns < kEps ? kEps : ns, b = nt < kEps ? kEps : nt, most = ns * nt;
+      double st = (ss - us) / c;
+      st = st > most ? most : st < -most ? -most : st;
       d = ss / (a * a) + vv / (c * c) / (b * b) - 2 * (st / (a * b));
     } else {
       const double x = (2 * us - uu) / (ns + nv);

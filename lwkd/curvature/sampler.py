@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwkd.curvature.block import Graph
+from lwkd.curvature.examine import examine
 from lwkd.curvature.gauss_newton import known_loss
+from lwkd.curvature.graph import FACTORED, Graph
 from lwkd.curvature.settings import Settings
 from lwkd.curvature.targets import Target, batches_of, size_of
 from lwkd.factoring import refuse_coupled
@@ -20,6 +21,7 @@ _ODD = 0x9E3779B97F4A7C15  # from batch to batch: other random outputs, the same
 _REASONS = {
     "gauss_newton": "asked for: the Gauss–Newton block's trace, which is the Hessian's only where "
     "the outputs are linear in the layer's parameters (estimator='auto' tests it)",
+    "split": "asked for",
     "block": "asked for",
     "hutchinson": "asked for",
 }
@@ -36,7 +38,7 @@ class Sampler:
         way = settings.estimator
         self.found: list[tuple[str, str]] = [(way, _REASONS.get(way, "")) for _ in targets]
         self._coupled = _coupled(network)
-        if way == "gauss_newton":
+        if way in FACTORED:
             for name, module in network.named_modules():
                 refuse_coupled(_OP, name, module)
 
@@ -82,7 +84,8 @@ class Sampler:
         graph = Graph(_OP, self._network, self._loss_fn, batch, self._targets, ways,
                       count=s.chunk > 1)  # fmt: skip
         if "auto" in ways:
-            self.found = graph.examine(self._coupled, known_loss(self._loss_fn) is not None)
+            known = known_loss(self._loss_fn) is not None
+            self.found = examine(graph, s.seed, self._coupled, known)
             graph.ways = [way for way, _ in self.found]
             if s.exact and "block" in graph.ways:
                 layer = graph.ways.index("block")
@@ -90,6 +93,8 @@ class Sampler:
                 got, name = self.found[layer][1], self._targets[layer].name
                 raise ValueError(message(_OP, "exact", expected, got, layer=name))
         if s.chunk > 1:
+            for rest in {way == "split" for way in graph.ways if way != "gauss_newton"}:
+                graph.differentiate(rest)
             _check_room(graph.loss.device, graph.bytes, s.chunk)
         return graph
 
@@ -97,24 +102,25 @@ class Sampler:
         """[count, L] of one batch."""
         s, targets = self._settings, self._targets
         out = graph.loss.new_zeros((count, len(targets)), dtype=torch.float64)
-        factored = [layer for layer, way in enumerate(graph.ways) if way == "gauss_newton"]
+        layers = {way: [layer for layer, w in enumerate(graph.ways) if w == way]
+                  for way in ("gauss_newton", "split", "block", "hutchinson")}  # fmt: skip
+        factored = [*layers["gauss_newton"], *layers["split"]]
         if factored and s.exact:
             for v in graph.curvature().columns():
                 out[0, factored] += graph.squares(factored, v)
         elif factored:
             seed = (s.seed + b * _ODD) % 2**64
             for k in range(count):
-                v = graph.curvature().vectors(seed, first + k)
-                out[k, factored] = graph.squares(factored, v)
-        joint = [layer for layer, way in enumerate(graph.ways) if way == "hutchinson"]
-        single = [layer for layer, way in enumerate(graph.ways) if way == "block"]
+                out[k, factored] = graph.gauss_newton(factored, seed, first + k)
+        single = layers["split"] + layers["block"]
+        groups = [[layer] for layer in single] + [g for g in [layers["hutchinson"]] if g]
         for k in range(0, count, s.chunk):
             some = min(s.chunk, count - k)
-            for group in ([joint] if joint else []) + [[layer] for layer in single]:
-                chosen = [targets[layer] for layer in group]
-                found = graph.products(chosen, s.seed, first + k, some)
+            for group in groups:
+                chosen, rest = [targets[layer] for layer in group], group[0] in layers["split"]
+                found = graph.products(chosen, s.seed, first + k, some, rest)
                 for layer in group:
-                    out[k : k + some, layer] = sum(found[i] for i in targets[layer].indices)
+                    out[k : k + some, layer] += sum(found[i] for i in targets[layer].indices)
         return out
 
 

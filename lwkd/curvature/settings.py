@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lwkd.ops.checks import choice, flag, message, number
 from lwkd.ops.hessian import seed_of
 
-ESTIMATORS = ("auto", "gauss_newton", "block", "hutchinson")
+ESTIMATORS = ("auto", "gauss_newton", "split", "block", "hutchinson")
 
 
 class Settings(NamedTuple):
@@ -44,7 +44,7 @@ def check_options(
     if max_probes is not None and (tol is None or type(max_probes) is not int or max_probes < 2):
         expected = "None, or with tol an int ≥ 2"
         raise ValueError(message(op, "max_probes", expected, repr(max_probes)))
-    if exact and (estimator in ("block", "hutchinson") or tol is not None):
+    if exact and (estimator not in ("auto", "gauss_newton") or tol is not None):
         expected = "False for random estimators; exact=True is gauss_newton's, without tol"
         raise ValueError(message(op, "exact", expected, f"True, {estimator!r}, tol={tol}"))
     most = max_probes if max_probes is not None else 100 * probes

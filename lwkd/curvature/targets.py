@@ -46,7 +46,8 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
         raise TypeError(message(op, "layers", "None or a list of names", repr(layers)))
     if not layers:
         raise ValueError(message(op, "layers", "a network with trained parameters", "none"))
-    every = owners("", network, lambda _, p: p.requires_grad)
+    every = [(owner, parameters(owner.module))
+             for owner in owners("", network, lambda _, p: p.requires_grad)]  # fmt: skip
     counter: dict[int, int] = {}
     found: list[Target] = []
     for asked in layers:
@@ -63,10 +64,11 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
     return found
 
 
-def _owning(every: Sequence[Owner], wanted: set[int]) -> Iterator[Owner]:
+def _owning(
+    every: Sequence[tuple[Owner, dict[str, nn.Parameter]]], wanted: set[int]
+) -> Iterator[Owner]:
     """The modules that have one of these parameters, each with those that it has."""
-    for owner in every:
-        named = parameters(owner.module)
+    for owner, named in every:
         own = frozenset(n for n in owner.wanted if id(named[n]) in wanted)
         if own:
             yield owner._replace(wanted=own)

@@ -96,7 +96,9 @@ def _layer(pairs: Sequence[_Pair], how: int, dtype: torch.dtype, n: int) -> Tens
         x = (2 * us - uu) / (ns + c * nt)  # G_S + cG_T is 2G_S − U
         near = (uu - x.square()) / (ns * (c * nt))
     a, b = ns.clamp(min=EPS), nt.clamp(min=EPS)
-    short = ss / a.square() + tt / b.square() - (ss + tt - uu) / (a * b)
+    most = ns * nt  # of the product, or rounding over eps would be left of a zero gradient's
+    st = ((ss + tt - uu) / 2).clamp(-most, most)
+    short = ss / a.square() + tt / b.square() - 2 * st / (a * b)
     return torch.where(dead, short, near).clamp(min=0)
 
 

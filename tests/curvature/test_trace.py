@@ -59,6 +59,25 @@ def test_means_and_variances(name: str, estimator: str) -> None:
 
 @pytest.mark.slow
 @each_network
+def test_split(name: str) -> None:
+    """The Gauss–Newton trace's own samples, and block probes of what is left, exactly those."""
+    net = network(name)
+    every = [exact(net, layers=LAYERS[name])]
+    with torch.no_grad():
+        slope = (net(X).softmax(1) - F.one_hot(Y, CLASSES)) / len(Y)
+    every.append(exact(net, lambda z, _: (z * slope).sum(), layers=LAYERS[name]))
+    samples = pooled(net, name, "split")
+    rest = samples - pooled(net, name, "gauss_newton")
+    for found, want in zip((samples, rest), every, strict=True):
+        stderr = found.std(0) / len(found) ** 0.5
+        assert ((found.mean(0) - want.trace).abs() <= 4 * stderr + 1e-12).all()
+    squares = (rest - every[1].trace).square()
+    noise = squares.std(0) / len(samples) ** 0.5
+    assert ((squares.mean(0) - every[1].block).abs() <= 5 * noise + 1e-20).all()
+
+
+@pytest.mark.slow
+@each_network
 def test_auto(name: str) -> None:
     """gauss_newton where outputs are linear in the layer, block elsewhere; both unbiased."""
     net = network(name)
@@ -204,7 +223,7 @@ def test_frozen_layers_and_names() -> None:
 # --- batches, probes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["gauss_newton", "block", "hutchinson"])
+@pytest.mark.parametrize("estimator", ["gauss_newton", "split", "block", "hutchinson"])
 def test_chunks_and_seeds(estimator: str) -> None:
     """The same probes however many at once; another seed is another estimate."""
     net = network("CNN, ReLU")
@@ -352,10 +371,10 @@ def same(a: Any, b: Any) -> bool:
     return all(map(same, a, b)) if isinstance(a, list) else a == b
 
 
-@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "block", "hutchinson"])
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "split", "block", "hutchinson"])
 def test_everything_is_left_as_it_was(estimator: str) -> None:
     net = CNN(nn.ReLU(inplace=True)).double().train()
-    if estimator in ("auto", "gauss_newton"):
+    if estimator in ("auto", "gauss_newton", "split"):
         net.norm.eval()
     net.c1.weight.grad = torch.ones_like(net.c1.weight)
     before = everything(net)
@@ -430,7 +449,11 @@ def test_errors() -> None:
         (call(net, ce, (X, Y + 3)), ValueError, r"target: expected class indices in \[0, 4\)"),
         (call(net, lambda z, y: z.sum(), (X, Y), estimator="gauss_newton"), ValueError,
          "loss_fn: expected cross-entropy, binary cross-entropy or squared error"),
+        (call(net, lambda z, y: z.sum(), (X, Y), estimator="split"), ValueError,
+         "loss_fn: expected cross-entropy, binary cross-entropy or squared error"),
         (call(trained, ce, (X, Y), estimator="gauss_newton"), ValueError, "'norm'.*coupl"),
+        (call(trained, ce, (X, Y), estimator="split"), ValueError, "'norm'.*coupl"),
+        (call(net, ce, (X, Y), exact=True, estimator="split"), ValueError, "exact: expected False"),
         (call(net, ce, X), TypeError, r"batch: expected \(inputs, target\)"),
         (call(net, ce, [X]), TypeError, "batch: expected"),
         (call(net, ce, []), ValueError, "batch: expected at least one batch"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd import HessianMeter, pair_layers
-from lwkd.curvature.block import Graph
+from lwkd.curvature import sampler
 from tests.curvature.networks import CNN, X, Y, exact
 from tests.ops.battery import one_thread
 
@@ -40,7 +40,7 @@ def test_distances_of_exact_traces(normalize: bool) -> None:
     torch.testing.assert_close(meter.estimates[1].mean, t)
 
 
-@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "block", "hutchinson"])
+@pytest.mark.parametrize("estimator", ["auto", "gauss_newton", "split", "block", "hutchinson"])
 def test_a_copy_is_at_no_distance(estimator: str) -> None:
     """Student and teacher share probes: nothing of the noise is in the difference."""
     student, teacher = networks(nn.GELU())
@@ -52,8 +52,8 @@ def test_a_copy_is_at_no_distance(estimator: str) -> None:
 def test_auto_tests_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And again where a mode or the loss is another; what it finds does not change."""
     tests = []
-    examine = Graph.examine
-    monkeypatch.setattr(Graph, "examine", lambda *a: (tests.append(1), examine(*a))[1])
+    examine = sampler.examine
+    monkeypatch.setattr(sampler, "examine", lambda *a: (tests.append(1), examine(*a))[1])
     nets = networks()
     meter = HessianMeter(pair_layers(*nets, LAYERS), probes=2)
     first = [meter.measure(X, Y, F.cross_entropy) for _ in range(3)]

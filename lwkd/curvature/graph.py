@@ -4,6 +4,7 @@
     block          v on one layer alone:    q_l = ⟨v_l, H_ll v_l⟩
     gauss_newton   v of the loss's Hessian by the outputs, one ordinary backward pass of ⟨v, f⟩:
                    q_l = Σ_n ‖G_n‖²
+    split          that, and block of ⟨∂loss/∂f, f⟩ with ∂loss/∂f held constant: what is left
 
 One first-order graph serves all probes. What is needed of it is decided before it is built.
 """
@@ -11,7 +12,7 @@ One first-order graph serves all probes. What is needed of it is decided before 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -19,16 +20,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwkd.curvature.gauss_newton import OutputHessian, check_target, output_hessian
-from lwkd.curvature.nodes import nodes, uses
+from lwkd.curvature.nodes import nodes
 from lwkd.curvature.targets import Target, every_parameter
-from lwkd.factoring import Calls, by_parameter, supports
+from lwkd.factoring import Calls, by_parameter
 from lwkd.hooks import first_tensor, run
-from lwkd.ops import philox
 from lwkd.ops.checks import message
 from lwkd.ops.factors import squares
 from lwkd.ops.hessian import PROBE_DOT, RADEMACHER
 
-_LINEAR = 2**32 - 1  # the probe of the test of linearity
+FACTORED = ("gauss_newton", "split")  # these take first derivatives by factors
 
 
 class Graph:
@@ -56,22 +56,19 @@ class Graph:
         count: bool = False,
     ) -> None:
         self._op, self._network, self._loss_fn = op, network, loss_fn
-        self._targets, self._target = targets, batch[1]
+        self.targets, self._target = targets, batch[1]
         self.ways = list(ways)
-        self.bytes = 0
-        factored = [t if w in ("auto", "gauss_newton") else None
-                    for t, w in zip(targets, ways, strict=True)]  # fmt: skip
+        self.bytes, self._counts = 0, count
         self._places: list[list[int]] = []  # of a layer's owners among the watched modules
         watched: list[Any] = []
-        for t in factored:
+        for t, way in zip(targets, ways, strict=True):
             self._places.append([])
-            for owner in t.owners if t else ():
+            for owner in t.owners if way in ("auto", *FACTORED) else ():
                 self._places[-1].append(len(watched))
                 watched.append(owner)
         self._calls = Calls(op, "model", watched)
         with ExitStack() as stack:
-            if count:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, _same))
+            stack.enter_context(self._counting())
             if set(ways) != {"gauss_newton"}:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others have no second one
             stack.enter_context(self._calls)
@@ -81,15 +78,20 @@ class Graph:
                 raise ValueError(
                     message(op, "model", "a network that puts out a floating tensor", got)
                 )
-            self._output = output
+            self.output = output
             if isinstance(self._target, Tensor):
                 self._target = self._target.to(output.device)
             check_target(op, loss_fn, output, self._target)
             self.loss = self._checked(loss_fn(output, self._target))
-            self._grads: dict[int, Tensor | None] = {}
-            if count and set(ways) != {"gauss_newton"}:
-                self._differentiate()
+        self._grads: dict[bool, dict[int, Tensor | None]] = {}
         self._hessian: OutputHessian | None = None
+        self._tried: tuple[tuple[int, int] | None, dict[int, Tensor]] = None, {}
+
+    def _counting(self) -> AbstractContextManager[Any]:
+        """Count what a graph keeps while it is built."""
+        if not self._counts:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self._count, _same)
 
     def _count(self, x: Tensor) -> Tensor:
         self.bytes += x.numel() * x.element_size()
@@ -104,16 +106,28 @@ class Graph:
             raise ValueError(message(self._op, "loss_fn", expected, got))
         return loss
 
-    def _differentiate(self) -> None:
-        """The loss's gradients, with their graph: made when they are first asked for."""
-        wanted = [t for t, w in zip(self._targets, self.ways, strict=True) if w != "gauss_newton"]
-        parameters, indices = every_parameter(wanted)
-        grads = self._gradients(self.loss, parameters)
-        self._grads = dict(zip(indices, grads, strict=True))
+    def differentiate(self, rest: bool) -> dict[int, Tensor | None]:
+        """First derivatives with their graph, by parameter: made when they are first asked for.
 
-    def _gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
+        Args:
+            rest: Not of the loss but of ⟨∂loss/∂f, f⟩, for what "split" leaves to block probes.
+        """
+        if rest not in self._grads:
+            own = ("split",) if rest else ("block", "hutchinson")
+            wanted = [t for t, way in zip(self.targets, self.ways, strict=True) if way in own]
+            parameters, indices = every_parameter(wanted)
+            scalar, slope = self.loss, None
+            if rest:
+                (slope,) = torch.autograd.grad(self.loss, self.output, retain_graph=True)
+                scalar = self.output
+            with self._counting():
+                grads = self.gradients(scalar, parameters, slope)
+            self._grads[rest] = dict(zip(indices, grads, strict=True))
+        return self._grads[rest]
+
+    def gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
         """First derivatives that can be differentiated again, and not as 0 by mistake."""
-        grads: Sequence[Tensor | None] = self._twice(
+        grads: Sequence[Tensor | None] = self.twice(
             lambda: torch.autograd.grad(scalar, wrt, weights, create_graph=True, allow_unused=True)
         )
         # Where a function's own backward is once_differentiable, autograd leaves an error that no
@@ -123,7 +137,7 @@ class Graph:
                 self._refuse("a torch.autograd.Function whose backward is once_differentiable")
         return grads
 
-    def _twice(self, run: Callable[[], Any]) -> Any:
+    def twice(self, run: Callable[[], Any]) -> Any:
         """Run a derivative; what torch cannot differentiate twice is named."""
         try:
             return run()
@@ -140,28 +154,36 @@ class Graph:
 
     # --- second backward passes ------------------------------------------------------------------
 
-    def _signs(self, indices: Sequence[int], grads: Sequence[Tensor], seed: int, probe: int) -> Any:
+    def signs(self, indices: Sequence[int], grads: Sequence[Tensor], seed: int, probe: int) -> Any:
+        """A probe's signs, like these gradients of parameters with these indices."""
         return [RADEMACHER("lwkd", g.detach(), seed, i, probe)
                 for i, g in zip(indices, grads, strict=True)]  # fmt: skip
 
     def products(
-        self, chosen: Sequence[Target], seed: int, probe: int, probes: int
+        self, chosen: Sequence[Target], seed: int, probe: int, probes: int, rest: bool = False
     ) -> dict[int, Tensor]:
-        """⟨v, Hv⟩ [probes] of every parameter of the chosen layers, v over all of these."""
-        if not self._grads:
-            self._differentiate()
+        """⟨v, Hv⟩ [probes] of every parameter of the chosen layers, v over all of these.
+
+        Args:
+            chosen: The layers.
+            seed: Of the signs.
+            probe: The first one.
+            probes: How many.
+            rest: As in :meth:`differentiate`.
+        """
+        first = self.differentiate(rest)
         parameters, indices = every_parameter(chosen)
         kept = [(i, p, g) for i, p in zip(indices, parameters, strict=True)
-                if (g := self._grads[i]) is not None and g.requires_grad]  # fmt: skip
+                if (g := first[i]) is not None and g.requires_grad]  # fmt: skip
         zero = self.loss.new_zeros(probes, dtype=torch.float64)
         found = dict.fromkeys(indices, zero)
         if not kept:
             return found
         own, wrt, grads = zip(*kept, strict=True)
         many = probes > 1
-        vs = [self._signs(own, grads, seed, probe + k) for k in range(probes)]
+        vs = [self.signs(own, grads, seed, probe + k) for k in range(probes)]
         weights = [torch.stack(parts) for parts in zip(*vs, strict=True)] if many else vs[0]
-        hvps = self._twice(
+        hvps = self.twice(
             lambda: torch.autograd.grad(
                 grads, wrt, weights, retain_graph=True, allow_unused=True, is_grads_batched=many
             )
@@ -181,7 +203,7 @@ class Graph:
     def curvature(self) -> OutputHessian:
         """The loss's Hessian by the outputs."""
         if self._hessian is None:
-            self._hessian = output_hessian(self._op, self._loss_fn, self._output, self._target)
+            self._hessian = output_hessian(self._op, self._loss_fn, self.output, self._target)
         return self._hessian
 
     def squares(self, chosen: Sequence[int], v: Tensor) -> Tensor:
@@ -190,9 +212,9 @@ class Graph:
         edges = [self._calls.edges(place) for place in places]
         flat = [edge for own in edges for edge in own]
         grads = iter(
-            torch.autograd.grad(self._output, flat, v, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(self.output, flat, v, retain_graph=True, allow_unused=True)
         )
-        n = len(self._output) if self._output.dim() > 1 else None
+        n = len(self.output) if self.output.dim() > 1 else None
         found = {
             place: self._calls.items_of(place, [next(grads) for _ in own], n)
             for place, own in zip(places, edges, strict=True)
@@ -200,83 +222,40 @@ class Graph:
         items = []
         for layer in chosen:
             own = [found[place] for place in self._places[layer]]
-            items.append(tuple(by_parameter(self._targets[layer].owners, own).values()))
+            items.append(tuple(by_parameter(self.targets[layer].owners, own).values()))
         return squares(self._op, items).double().sum(1)
 
-    # --- which estimator a layer takes ---------------------------------------------------------
+    def gauss_newton(self, chosen: Sequence[int], seed: int, probe: int) -> Tensor:
+        """A sample [len(chosen)] of the Gauss–Newton trace, of the layers with these numbers."""
+        if self._tried[0] == (seed, probe):
+            return torch.stack([self._tried[1][layer] for layer in chosen])
+        return self.squares(chosen, self.curvature().vectors(seed, probe))
 
-    def examine(self, coupled: str, known: bool) -> list[tuple[str, str]]:
-        """(estimator, reason) of every layer whose way was "auto".
-
-        Args:
-            coupled: Why no sample's output is its own, or nothing.
-            known: Whether the loss's Hessian by the outputs is known.
-        """
-        chosen = [layer for layer, way in enumerate(self.ways) if way == "auto"]
-        why = coupled or ("" if known else "the loss is none whose Hessian by the outputs is known")
-        if why:
-            return [("block", why) for _ in chosen]
-        linear = self._linear(chosen)
-        reasons = []
-        for layer in chosen:
-            why = "" if linear[layer] else "outputs are not linear in its parameters"
-            why = why or self._not_seen(layer)
-            if not why:
-                try:
-                    self.squares([layer], torch.zeros_like(self._output))
-                except (RuntimeError, ValueError, TypeError) as error:
-                    why = str(error).splitlines()[0]
-            text = "outputs are linear in its parameters: the trace is the Gauss–Newton block's"
-            reasons.append(("block", why) if why else ("gauss_newton", text))
-        return reasons
-
-    def _linear(self, chosen: Sequence[int]) -> dict[int, bool]:
-        """Whether the second derivative of a random ⟨w, f⟩ along a random direction vanishes."""
-        output = self._output
-        w = philox.signs(output, 0, philox.OUTPUTS, _LINEAR)
-        found = dict.fromkeys(chosen, True)
-        parameters, indices = every_parameter([self._targets[layer] for layer in chosen])
-        grads = self._gradients(output, parameters, w)
-        by_index = dict(zip(indices, grads, strict=True))
-        sizes, asked = [], []
-        for layer in chosen:
-            target = self._targets[layer]
-            own = [(i, g) for i in target.indices
-                   if (g := by_index[i]) is not None and g.requires_grad]  # fmt: skip
-            if not own:
-                continue
-            directions = self._signs([i for i, _ in own], [g for _, g in own], 0, _LINEAR)
-            seconds = self._twice(
-                lambda: torch.autograd.grad(
-                    [g for _, g in own], target.parameters, directions, retain_graph=True,  # noqa: B023
-                    allow_unused=True,
-                )
-            )  # fmt: skip
-            size = sum(x.detach().abs().sum().double() for x in seconds if x is not None)
-            if isinstance(size, Tensor):
-                sizes.append(size)
-                asked.append(layer)
-        for layer, size in zip(asked, torch.stack(sizes).tolist() if sizes else [], strict=True):
-            found[layer] = size == 0
-        return found
-
-    def _not_seen(self, layer: int) -> str:
-        """Why the modules' calls are not all that a layer's parameters are used in, or nothing."""
-        owners = self._targets[layer].owners
-        if not all(supports(owner.module) for owner in owners):
-            return ""  # torch.func runs the whole module again
-        used = uses(self._output, {id(p) for p in self._targets[layer].parameters})
-        called: dict[int, int] = {}
-        for place, owner in zip(self._places[layer], owners, strict=True):
+    def try_gauss_newton(self, chosen: Sequence[int], seed: int) -> dict[int, str]:
+        """Why layers have no factors, by number; the others' sample of probe 0 is kept."""
+        v = self.curvature().vectors(seed, 0)
+        kept: dict[int, Tensor] = {}
+        failed: dict[int, str] = {}
+        groups = [list(chosen)] if chosen else []
+        while groups:
+            group = groups.pop()
             try:
-                calls = len(self._calls.edges(place))
-            except RuntimeError:
-                return f"{owner.name!r} did not run"
-            named = dict(owner.module.named_parameters())
-            for name in owner.wanted:
-                key = id(named[name])
-                called[key] = called.get(key, 0) + calls
-        return "" if used == called else "its parameters are used outside their modules too"
+                kept.update(zip(group, self.squares(group, v), strict=True))
+            except (RuntimeError, ValueError, TypeError) as error:
+                if len(group) == 1:
+                    failed[group[0]] = str(error).splitlines()[0]
+                else:
+                    groups += [[layer] for layer in group]
+        self._tried = (seed, 0), kept
+        return failed
+
+    def calls(self, layer: int) -> list[int]:
+        """How often each module that has parameters of a layer was called.
+
+        Raises:
+            RuntimeError: One was not.
+        """
+        return [len(self._calls.edges(place)) for place in self._places[layer]]
 
 
 def _same(x: Tensor) -> Tensor:
