@@ -32,7 +32,7 @@ from lwkd import hessian_trace
 
 WANTED = 0.05  # relative standard error
 ROUNDS = 3  # of a method's probes, to time them
-OURS = ("auto", "gauss_newton", "block", "hutchinson")
+OURS = ("auto", "gauss_newton", "split", "block", "hutchinson")
 
 
 class Problem(NamedTuple):
@@ -156,17 +156,17 @@ def backpack(problem: Problem, extension: str, probes: int, seed: int) -> Tensor
 
 def methods(problem: Problem) -> list[Method]:
     there = importlib.util.find_spec
-    few = 16 if problem.linear else 4  # a block probe of the ViT has 26 second backward passes
     found = []
     for name in OURS:
-        if problem.linear or name != "gauss_newton":  # elsewhere that is another number
-            probes = few if name in ("auto", "block") else 16
-            found.append(Method(f"lwkd {name}", partial(ours, problem, name), probes))
+        # Elsewhere the Gauss–Newton trace is another number; here split has nothing left to split.
+        if name != ("split" if problem.linear else "gauss_newton"):
+            found.append(Method(f"lwkd {name}", partial(ours, problem, name), 16))
     if problem.linear:
         found.append(Method("lwkd exact", lambda *_: _exact(problem)[None], 0))
     found.append(Method("joint probes (PyHessian)", partial(joint, problem), 16))
     if there("curvlinops"):
-        found.append(Method("curvlinops, a block a layer", partial(curvlinops, problem), 4))
+        probes = 4 if problem.linear else 16  # as long as ours where that is the comparison
+        found.append(Method("curvlinops, a block a layer", partial(curvlinops, problem), probes))
     if there("backpack"):
         found.append(Method("BackPACK DiagHessian", partial(backpack, problem, "diag_h"), 0))
         if problem.linear:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwkd.batches import batches_of, size_of
 from lwkd.curvature.examine import examine
 from lwkd.curvature.gauss_newton import known_loss
 from lwkd.curvature.graph import FACTORED, Graph
 from lwkd.curvature.settings import Settings
-from lwkd.curvature.targets import Target, batches_of, size_of
+from lwkd.curvature.targets import Target
 from lwkd.factoring import refuse_coupled
 from lwkd.ops.checks import message
 

@@ -25,7 +25,7 @@ class TraceEstimate(NamedTuple):
         stderr: [L], the standard error of each; NaN from one probe, 0 where exact.
         samples: [K, L], what every probe has given.
         layers: The L names.
-        estimator: Of every layer: "gauss_newton", "block" or "hutchinson".
+        estimator: Of every layer: "gauss_newton", "split", "block" or "hutchinson".
         reason: Why that one.
     """
 
@@ -64,9 +64,12 @@ def hessian_trace(
       E[vvᵀ] = the loss's Hessian by the outputs: one ordinary backward pass for all layers, and no
       gradient of a parameter is built. The Gauss–Newton block's trace: equal to tr H_l where the
       outputs are linear in θ_l (ReLU networks), another number elsewhere;
-    * "auto": tests every layer for that, once a call, and takes gauss_newton where it holds and the
-      loss is one whose Hessian by the outputs is known (cross-entropy, binary cross-entropy,
-      squared error), else block. The result says which, and why.
+    * "split": that, and block probes of what it leaves, Σ_i (∂loss/∂f_i) ∂²f_i/∂θ_l²: for any
+      network, and less noisy than "block" where the Gauss–Newton part makes the noise (docs/maths);
+    * "auto": gauss_newton for every layer that outputs are linear in, if the loss is one whose
+      Hessian by the outputs is known (cross-entropy, binary cross-entropy, squared error), else
+      block. Read off the network's graph; where that does not say, tested by a second derivative.
+      The result says which, and why.
 
     The network runs in the mode it is in, uncompiled, without autocast, and scaled-dot-product
     attention in the one form that can be differentiated twice. Modes, buffers, ``.grad``,
@@ -85,7 +88,7 @@ def hessian_trace(
         seed: 64 bits; the same seed is the same estimate.
         tol: Go on until every layer's standard error is at most tol·|mean|.
         max_probes: With ``tol``: where to stop at the latest (default 100 · probes).
-        chunk: Probes at once in a second backward pass ("block", "hutchinson"); takes about chunk
+        chunk: Probes at once in a second backward pass (all but "gauss_newton"); takes about chunk
             times the graph's memory, which is looked at before. On a CPU no faster than one by one.
         exact: No random numbers: one backward pass a column of the loss's Hessian by the outputs.
             Only where every layer takes gauss_newton.
@@ -95,8 +98,8 @@ def hessian_trace(
 
     Raises:
         ValueError: Unknown or parameterless layers, an argument out of range, a loss that is no
-            scalar, targets out of range, a loss that gauss_newton does not know, samples that are
-            coupled (gauss_newton, BatchNorm in train mode), a trace that is not finite.
+            scalar, targets out of range, a loss that gauss_newton and split do not know, samples that are
+            coupled (gauss_newton or split, BatchNorm in train mode), a trace that is not finite.
         TypeError: A batch or layers of another kind.
         RuntimeError: Something that cannot be differentiated twice, or not enough memory for chunk.
 
@@ -117,14 +120,11 @@ def estimate(
     batch: Any,
     layers: Sequence[str] | None,
     settings: Settings,
-    known: TraceEstimate | None = None,
 ) -> TraceEstimate:
-    """As :func:`hessian_trace`; ``known``: whose estimators are taken over, instead of a test."""
+    """As :func:`hessian_trace`, its options checked."""
     network = unwrap(model)
     targets = targets_of(_OP, network, layers)
     sampler = Sampler(network, loss_fn, targets, settings)
-    if known is not None:
-        sampler.found = list(zip(known.estimator, known.reason, strict=True))
     device = targets[0].parameters[0].device
     off = torch.autocast(device.type, enabled=False)
     with untouched(network, evaluate=False), torch.enable_grad(), off:

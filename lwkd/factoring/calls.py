@@ -40,19 +40,30 @@ class Calls:
         side: "student" or "teacher", for errors.
         modules: What to watch.
         listen: Hear the gradients of whoever runs the backward pass, instead of running one.
+        network: Whose inputs and outputs tell how many samples there can be, where nobody says it.
     """
 
     def __init__(
-        self, op: str, side: str, modules: Sequence[Owner], *, listen: bool = False
+        self,
+        op: str,
+        side: str,
+        modules: Sequence[Owner],
+        *,
+        listen: bool = False,
+        network: nn.Module | None = None,
     ) -> None:
         self._op, self._side, self._modules, self._listen = op, side, modules, listen
         self._records: list[list[Call]] = [[] for _ in modules]
+        self._network, self._sizes = network, set[int]()
         self._stack = ExitStack()
 
     def __enter__(self) -> Calls:
         with ExitStack() as stack:
             for i, owner in enumerate(self._modules):
                 hook = owner.module.register_forward_hook(partial(self._hook, i), with_kwargs=True)
+                stack.callback(hook.remove)
+            if self._network is not None:
+                hook = self._network.register_forward_hook(self._size, with_kwargs=True)
                 stack.callback(hook.remove)
             self._stack = stack.pop_all()
         return self
@@ -88,6 +99,10 @@ class Calls:
         self._records[i].append(Call(kept, named, versions, get_gradient_edge(out), heard))
         return changed
 
+    def _size(self, _: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+        every = (*inputs, *keywords.values(), first_tensor(output))
+        self._sizes |= {len(x) for x in every if isinstance(x, Tensor) and x.dim()}
+
     def items(
         self, scalar: Tensor | None = None, samples: int | None = None
     ) -> list[dict[str, Item]]:
@@ -100,7 +115,8 @@ class Calls:
         Raises:
             RuntimeError: A module that did not run, one whose output the scalar does not depend
                 on, or an input that was changed in place after the call.
-            ValueError: A module that has another number than ``samples`` first.
+            ValueError: A module that has another number than ``samples`` first, or than any that
+                the network's inputs and outputs have.
         """
         edges = [self.edges(i) for i in range(len(self._modules))]
         grads: Iterator[Tensor | None]
@@ -138,11 +154,13 @@ class Calls:
             As :meth:`items`.
         """
         owner, found = self._modules[i], []
+        sizes = self._sizes if samples is None else {samples}
         for call, g in zip(self._records[i], gradients, strict=True):
             items = self._factor(owner, call, g)
             for item in items.values():
-                if samples is not None and len(item.d) != samples:
-                    expected = f"a layer that has the batch, {samples} samples, first"
+                if sizes and len(item.d) not in sizes:
+                    known = " or ".join(map(str, sorted(sizes)))
+                    expected = f"a layer that has the batch, {known} samples, first"
                     raise ValueError(
                         message(self._op, self._side, expected, len(item.d), layer=owner.name)
                     )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.curvature import TraceEstimate
-from lwkd.curvature.gauss_newton import known_loss
 from lwkd.curvature.settings import check_options
 from lwkd.curvature.trace import estimate
 from lwkd.layers import LayerPairs
@@ -43,8 +42,8 @@ class HessianMeter(Blocks[None]):
     Args:
         pairs: From :func:`lwkd.pair_layers`. The student's parameters count that are trained, the
             teacher's all, frozen or not.
-        estimator: "auto", "gauss_newton", "block" or "hutchinson", as in ``hessian_trace``; "auto"
-            tests every layer in the first measurement, and again when a mode or the loss changes.
+        estimator: "auto", "gauss_newton", "split", "block" or "hutchinson", as in
+            ``hessian_trace``; "auto" looks at every layer in every measurement.
         probes: As there.
         normalize: As above.
         exact: As in ``hessian_trace``.
@@ -91,7 +90,6 @@ class HessianMeter(Blocks[None]):
         self._normalize = normalize
         self.estimates: tuple[TraceEstimate, TraceEstimate] | None = None
         """Student's and teacher's traces of the last measurement."""
-        self._known: dict[int, tuple[Any, TraceEstimate]] = {}  # what "auto" has found, by network
 
     def _watch(self, stack: ExitStack) -> tuple[None, None]:
         return None, None
@@ -159,12 +157,7 @@ class HessianMeter(Blocks[None]):
         """The estimate, and of every pair's layer the trace and the number of parameters."""
         names = [name for name, _ in layers]
         unique = list(dict.fromkeys(names))  # a layer may be the partner of several
-        # Linearity is tested once: it follows from what the network is, its modes, and the loss.
-        state = [m.training for m in network.modules()], known_loss(loss_fn) is not None, unique
-        before = self._known.get(id(network))
-        known = before[1] if before is not None and before[0] == state else None
-        found = estimate(network, loss_fn, (inputs, target), unique, self._settings, known)
-        self._known[id(network)] = state, found
+        found = estimate(network, loss_fn, (inputs, target), unique, self._settings)
         places = torch.tensor([unique.index(name) for name in names], device=found.mean.device)
         sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad)
                  for _, module in layers]  # fmt: skip

@@ -135,9 +135,12 @@ class JacobianMeter(Blocks[Calls]):
         return super().__enter__()
 
     def _watch(self, stack: ExitStack) -> tuple[Calls, Calls]:
+        networks = (self.pairs.student, self.pairs.teacher)
         student, teacher = (
-            stack.enter_context(Calls(_OP, side, flat(found), listen=side == "student"))
-            for side, found in zip(SIDES, self._owners, strict=True)
+            stack.enter_context(
+                Calls(_OP, side, flat(found), listen=side == "student", network=network)
+            )
+            for side, network, found in zip(SIDES, networks, self._owners, strict=True)
         )
         return student, teacher
 

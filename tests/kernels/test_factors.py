@@ -62,7 +62,10 @@ def test_work_in_parts(way: str, contraction: int) -> None:
     """Several blocks of rows, of inputs and of outputs, and steps of each."""
     s, t = dense(70, 80, 68, 1), dense(70, 80, 68, 5)
     want = distance(gradient(s).cpu(), gradient(t).cpu(), way)
-    torch.testing.assert_close(measure(s, t, way, contraction), want, rtol=2e-6, atol=0)
+    got = measure(s, t, way, contraction)
+    # Of norms that are nearly equal, what float32 leaves of each shows in their difference.
+    room = 2e-8 * want.sqrt() if way == "norms" else 0 * want
+    assert ((got - want).abs() <= 2e-6 * want + room).all(), (got, want)
 
 
 def test_a_wrong_guess_of_c_is_mended() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd import HessianMeter, pair_layers
-from lwkd.curvature import sampler
 from tests.curvature.networks import CNN, X, Y, exact
 from tests.ops.battery import one_thread
 
@@ -49,21 +48,22 @@ def test_a_copy_is_at_no_distance(estimator: str) -> None:
     assert meter.measure(X, Y, F.cross_entropy).tolist() == [0.0] * 4
 
 
-def test_auto_tests_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again where a mode or the loss is another; what it finds does not change."""
-    tests = []
-    examine = sampler.examine
-    monkeypatch.setattr(sampler, "examine", lambda *a: (tests.append(1), examine(*a))[1])
+def test_auto_looks_every_time() -> None:
+    """Another loss, mode or activation is another network."""
     nets = networks()
     meter = HessianMeter(pair_layers(*nets, LAYERS), probes=2)
-    first = [meter.measure(X, Y, F.cross_entropy) for _ in range(3)]
-    assert len(tests) == 2  # of either network
-    assert torch.equal(first[0], first[2])
-    meter.measure(X, Y, lambda z, y: F.cross_entropy(z, y))
-    assert len(tests) == 4
+
+    def found(loss: Any = F.cross_entropy) -> set[str]:
+        meter.measure(X, Y, loss)
+        assert meter.estimates is not None
+        return set(meter.estimates[0].estimator)
+
+    assert found() == {"gauss_newton"}
+    assert found(lambda z, y: F.cross_entropy(z, y)) == {"block"}
+    nets[0].act = nn.GELU()
+    assert found() == {"gauss_newton", "block"}
     nets[0].train()
-    meter.measure(X, Y, lambda z, y: F.cross_entropy(z, y))
-    assert len(tests) == 5
+    assert found() == {"block"}
 
 
 def test_a_frozen_teacher_of_another_width() -> None:

@@ -563,6 +563,19 @@ def test_errors_of_layers() -> None:
             meter(nets, layers, **options).measure(X)
 
 
+def test_a_block_sees_layers_without_the_batch_first() -> None:
+    """From the network's inputs and outputs, which the meter does not run itself."""
+    student, teacher = networks(TimeFirst)
+    own = JacobianMeter(pair_layers(student, teacher, ["fc"]), projection="loss")
+    with own:
+        with torch.enable_grad():
+            teacher_loss = F.cross_entropy(teacher(X), Y)
+        F.cross_entropy(student(X), Y).backward()
+    text = r"student \(layer 'fc'\): expected a layer that has the batch, 3 samples, first, got 36"
+    with pytest.raises(ValueError, match=text):
+        own.discrepancy(teacher_loss)
+
+
 def test_batch_norm_without_statistics() -> None:
     nets = networks()
     for net in nets:
