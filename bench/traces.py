@@ -156,11 +156,9 @@ def backpack(problem: Problem, extension: str, probes: int, seed: int) -> Tensor
 
 def methods(problem: Problem) -> list[Method]:
     there = importlib.util.find_spec
-    found = []
-    for name in OURS:
-        # Elsewhere the Gauss–Newton trace is another number; here split has nothing left to split.
-        if name != ("split" if problem.linear else "gauss_newton"):
-            found.append(Method(f"lwkd {name}", partial(ours, problem, name), 16))
+    # Elsewhere the Gauss–Newton trace is another number; here split has nothing left to split.
+    own = [name for name in OURS if name != ("split" if problem.linear else "gauss_newton")]
+    found = [Method(f"lwkd {name}", partial(ours, problem, name), 16) for name in own]
     if problem.linear:
         found.append(Method("lwkd exact", lambda *_: _exact(problem)[None], 0))
     found.append(Method("joint probes (PyHessian)", partial(joint, problem), 16))

@@ -21,6 +21,7 @@ def param_groups_layerwise(
     pairs: LayerPairs,
     *,
     lr: Rate,
+    rest_lr: Rate | None = None,
     weight_decay: float = 0.0,
     no_weight_decay_list: Collection[str] = (),
 ) -> list[dict[str, Any]]:
@@ -34,6 +35,8 @@ def param_groups_layerwise(
         student: The network to train, or a wrapper around it.
         pairs: What `pair_layers` returned for it.
         lr: The rate of every group; a floating tensor of one number is cloned per group.
+        rest_lr: That of the groups "rest", where it is another one: of a new head, which learns
+            faster than the body that was trained before.
         weight_decay: Of the parameters that are decayed.
         no_weight_decay_list: Names of further parameters without weight decay; what wrappers put
             in front of them does not matter.
@@ -59,6 +62,8 @@ def param_groups_layerwise(
     """
     op = "param_groups_layerwise"
     rates.check(op, "lr", lr)
+    if rest_lr is not None:
+        rates.check(op, "rest_lr", rest_lr)
     if not is_number(weight_decay):
         got = type(weight_decay).__name__
         raise TypeError(checks.message(op, "weight_decay", "a number >= 0", got))
@@ -81,7 +86,8 @@ def param_groups_layerwise(
             title += "/no_decay" if decay != weight_decay else ""
             while any(group["name"] == title for group in groups):
                 title += "_"
-            rate = lr.detach().clone() if isinstance(lr, Tensor) else lr
+            rate = lr if layer is not None or rest_lr is None else rest_lr
+            rate = rate.detach().clone() if isinstance(rate, Tensor) else rate
             params = found[layer, decay]
             groups.append(dict(params=params, lr=rate, weight_decay=decay, name=title))
     return groups

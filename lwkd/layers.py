@@ -308,6 +308,34 @@ def named_layers(network: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
+def find_layers(op: str, argument: str, network: nn.Module, names: object) -> dict[str, nn.Module]:
+    """Return modules by the names that somebody has given, wrappers stripped.
+
+    Args:
+        op: The public name of the caller, for errors.
+        argument: Likewise.
+        network: The network.
+        names: What is to be a list of names of its modules.
+
+    Raises:
+        TypeError: No list.
+        ValueError: An unknown name.
+
+    >>> list(find_layers("example", "layers", nn.Sequential(nn.ReLU()), ["module.0"]))
+    ['0']
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(message(op, argument, "a list of names of modules", repr(names)))
+    known, found = named_layers(network), {}
+    for name in names:
+        plain = plain_name(name, known) if isinstance(name, str) else name
+        if plain not in known:
+            hint = suggest(plain, known) if isinstance(plain, str) else ""
+            raise ValueError(message(op, argument, "names of modules", f"{name!r}{hint}"))
+        found[plain] = known[plain]
+    return found
+
+
 def plain_name(name: str, layers: Iterable[str]) -> str:
     """Strip ``module.`` and ``_orig_mod.`` from a name, unless a layer is really called so.
 

@@ -154,6 +154,56 @@ def trace_by_layer(rows: Sequence[Row], *, title: str = "") -> Figure:
     return figure
 
 
+def degradation_curves(
+    rows: Sequence[Row], *, measure: str = "accuracy", title: str = ""
+) -> Figure:
+    """Draw how networks fare as their inputs get worse, a panel a kind of degradation.
+
+    Lines are means over the rows that share model, degradation and severity (seeds); bands one
+    standard deviation to either side.
+
+    Args:
+        rows: From :func:`lwkd.degradation.degradation_report`: dicts with "model", "degradation",
+            "severity" and ``measure``.
+        measure: "accuracy", "nll" or "calibration_error".
+        title: One line that says what is seen.
+
+    Returns:
+        A ``matplotlib.figure.Figure``; `save` writes it.
+
+    Raises:
+        ValueError: No rows, or a row without one of the keys.
+        RuntimeError: matplotlib is not installed.
+
+    >>> rows = [dict(model=m, degradation="noise", severity=s, accuracy=0.9 - s / 10)
+    ...         for m in ("plain", "DELTA") for s in range(6)]
+    >>> degradation_curves(rows).axes[0].get_title(loc="left")
+    'noise'
+    """
+    op = "plotting.degradation_curves"
+    _require(op, "rows", rows, ("model", "degradation", "severity", measure))
+    kinds = list(dict.fromkeys(row["degradation"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = _new_figure(width=max(6.0, 3.6 * len(kinds)), height=4.2)
+    percent = 100 if measure in ("accuracy", "calibration_error") else 1
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for model, colour in zip(models, _colours(len(models)), strict=True):
+            own = (r for r in rows if r["model"] == model and r["degradation"] == kind)
+            curve = _curve(own, measure, "severity")
+            at, mean, spread = ([p[i] * (percent if i else 1) for p in curve] for i in range(3))
+            low, high = ([m + s * k for m, s in zip(mean, spread, strict=True)] for k in (-1, 1))
+            axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.plot(at, mean, color=colour, linewidth=2.2, marker="o", markersize=4, label=model)
+        _dress(axes, kind, "", "severity")
+    unit = ", %" if percent == 100 else ", nats"
+    panels[0].set_ylabel(measure.replace("_", " ") + unit, fontsize=10.5, color=_INK)
+    panels[0].legend(frameon=False, fontsize=10, labelcolor=_INK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure; the ending of the name chooses the format.
 

@@ -212,7 +212,7 @@ LONGER = {
     "lwkd/layers.py": (620, "pairing: names, shapes, the table that is printed, capture"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),
     "lwkd/ops/factors.py": (380, "one page per op: what an item is, its checks, schema, fake"),
-    "lwkd/plotting.py": (380, "the figures, and where their labels go"),
+    "lwkd/plotting.py": (430, "the figures, and where their labels go"),
     "lwkd/policy.py": (400, "every policy, a pure function each, with its formula"),
     "lwkd/schedule.py": (520, "one class, most of it its contract; its state is in saved.py"),
 }

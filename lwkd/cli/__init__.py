@@ -1,4 +1,4 @@
-"""The command line: ``python -m lwkd demo | info | doctor | bench``."""
+"""The command line: ``python -m lwkd demo | transfer | info | doctor | bench``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lwkd.ops.checks import suggest
 
 COMMANDS = {
     "demo": "distil a small network on bundled images, with one rate and with a rate per layer",
+    "transfer": "fine-tune a small network on a few bundled images, by DELTA or TL+KD",
     "info": "show versions, and which backend serves which op on which device, and why not",
     "doctor": "run every backend against float64; exit with 1 on a difference",
     "bench": "time the ops on this machine against plain PyTorch and torch.compile",

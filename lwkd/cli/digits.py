@@ -101,15 +101,15 @@ class Result:
 class Network(nn.Module):
     """Three convolutional stages at 8×8, 4×4 and 2×2 positions, and a linear head."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], classes: int = 10) -> None:
         super().__init__()
         self.stage1 = _stage(1, widths[0])
         self.stage2 = _stage(widths[0], widths[1])
         self.stage3 = _stage(widths[1], widths[2])
-        self.head = nn.Linear(widths[2], 10)
+        self.head = nn.Linear(widths[2], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits [N, 10] of images [N, 1, 8, 8]."""
+        """Return the logits [N, classes] of images [N, 1, 8, 8]."""
         x = F.max_pool2d(self.stage1(x), 2)
         x = self.stage3(F.max_pool2d(self.stage2(x), 2))
         logits: Tensor = self.head(x.mean((2, 3)))
@@ -148,11 +148,11 @@ def load_digits(device: str, limit: int | None = None) -> tuple[Batch, Batch]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def batches(data: Batch, generator: torch.Generator) -> Iterator[Batch]:
+def batches(data: Batch, generator: torch.Generator, size: int = BATCH) -> Iterator[Batch]:
     """Yield the full batches of one epoch in a new order; what is left over waits."""
     images, labels = data
     order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    for chosen in order[: len(order) // BATCH * BATCH].split(BATCH):
+    for chosen in order[: len(order) // size * size].split(size):
         yield images[chosen], labels[chosen]
 
 
@@ -176,25 +176,32 @@ def accuracy(network: nn.Module, data: Batch) -> float:
     return float(right)
 
 
-def fresh(widths: Sequence[int], seed: int, device: str) -> Network:
+def fresh(widths: Sequence[int], seed: int, device: str, classes: int = 10) -> Network:
     """Return a network whose weights depend on nothing but the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Network(widths).to(device)
+        return Network(widths, classes).to(device)
+
+
+def train(
+    network: Network, data: Batch, epochs: int, tick: Callable[[], None], size: int = BATCH
+) -> Network:
+    """Train a network with Adam; return it in eval mode, its parameters frozen."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    generator = torch.Generator().manual_seed(0)
+    network.train()
+    for _ in range(epochs):
+        for images, labels in batches(data, generator, size):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+        tick()
+    return network.eval().requires_grad_(False)
 
 
 def train_teacher(data: Batch, settings: Settings, tick: Callable[[], None]) -> Network:
-    """Train the teacher with Adam; return it in eval mode."""
-    teacher = fresh((24, 48, 96), 0, settings.device)
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(settings.teacher_epochs):
-        for images, labels in batches(data, generator):
-            optimizer.zero_grad()
-            F.cross_entropy(teacher(images), labels).backward()
-            optimizer.step()
-        tick()
-    return teacher.eval().requires_grad_(False)
+    """Train the teacher; return it in eval mode."""
+    return train(fresh((24, 48, 96), 0, settings.device), data, settings.teacher_epochs, tick)
 
 
 def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> Result:
@@ -211,22 +218,20 @@ def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> Result:
         RuntimeError: scikit-learn is not installed.
         ValueError: An unknown policy.
     """
-    train, test = load_digits(settings.device, settings.limit)
+    data, test = load_digits(settings.device, settings.limit)
     with one_thread():
-        return _run(settings, train, test, tick)
+        return _run(settings, data, test, tick)
 
 
-def _run(settings: Settings, train: Batch, test: Batch, tick: Callable[[], None]) -> Result:
-    teacher = train_teacher(train, settings, tick)
-    pairs = pair_layers(
-        fresh((8, 16, 32), 0, settings.device), teacher, example_inputs=train[0][:2]
-    )
+def _run(settings: Settings, data: Batch, test: Batch, tick: Callable[[], None]) -> Result:
+    teacher = train_teacher(data, settings, tick)
+    pairs = pair_layers(fresh((8, 16, 32), 0, settings.device), teacher, example_inputs=data[0][:2])
     result = Result(str(pairs), pairs.names, accuracy(teacher, test))
     for seed in range(settings.seeds):
         start = fresh((8, 16, 32), seed, settings.device)
         for arm in ARMS:
             student = copy.deepcopy(start)
-            for epoch, *seen in distil(student, teacher, pairs.names, arm, seed, train, settings):
+            for epoch, *seen in distil(student, teacher, pairs.names, arm, seed, data, settings):
                 where = {"arm": arm, "seed": seed, "epoch": epoch}
                 columns = (pairs.names, *(column.tolist() for column in seen))
                 keys = ("layer", "distance", "multiplier", "rate")

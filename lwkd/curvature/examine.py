@@ -57,11 +57,7 @@ def _curved(graph: Graph, layers: Sequence[int]) -> set[int]:
             continue
         firsts = [g for _, g in own]
         directions = graph.signs([i for i, _ in own], firsts, 0, _PROBE)
-        seconds = graph.twice(
-            lambda: torch.autograd.grad(
-                firsts, target.parameters, directions, retain_graph=True, allow_unused=True  # noqa: B023
-            )
-        )  # fmt: skip
+        seconds = graph.again(firsts, target.parameters, directions)
         for x in seconds:
             if x is not None:
                 sizes[layer] = sizes.get(layer, 0.0) + x.detach().abs().sum().double()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lwkd.curvature.convolution import Convolutions
 from lwkd.curvature.gauss_newton import OutputHessian, check_target, output_hessian
 from lwkd.curvature.nodes import nodes
 from lwkd.curvature.targets import Target, every_parameter
@@ -59,6 +60,7 @@ class Graph:
         self.targets, self._target = targets, batch[1]
         self.ways = list(ways)
         self.bytes, self._counts = 0, count
+        self._wanted: set[int] = set()  # ids of the parameters that the next backward pass is about
         self._places: list[list[int]] = []  # of a layer's owners among the watched modules
         watched: list[Any] = []
         for t, way in zip(targets, ways, strict=True):
@@ -71,6 +73,7 @@ class Graph:
             stack.enter_context(self._counting())
             if set(ways) != {"gauss_newton"}:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others have no second one
+                stack.enter_context(Convolutions(self._wanted))
             stack.enter_context(self._calls)
             output = first_tensor(run(op, network, batch[0], "model", "batch"))
             if output is None or not output.is_floating_point():
@@ -127,6 +130,7 @@ class Graph:
 
     def gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
         """First derivatives that can be differentiated again, and not as 0 by mistake."""
+        self._about(wrt)
         grads: Sequence[Tensor | None] = self.twice(
             lambda: torch.autograd.grad(scalar, wrt, weights, create_graph=True, allow_unused=True)
         )
@@ -136,6 +140,20 @@ class Graph:
             if node.name() == "torch::autograd::Error":
                 self._refuse("a torch.autograd.Function whose backward is once_differentiable")
         return grads
+
+    def again(self, grads: Any, wrt: Sequence[Tensor], weights: Any, *, many: bool = False) -> Any:
+        """Second derivatives of ⟨weights, grads⟩ by some parameters."""
+        self._about(wrt)
+        return self.twice(
+            lambda: torch.autograd.grad(
+                grads, wrt, weights, retain_graph=True, allow_unused=True, is_grads_batched=many
+            )
+        )
+
+    def _about(self, wrt: Sequence[Tensor]) -> None:
+        """Say which parameters the next backward pass is about."""
+        self._wanted.clear()
+        self._wanted.update(map(id, wrt))
 
     def twice(self, run: Callable[[], Any]) -> Any:
         """Run a derivative; what torch cannot differentiate twice is named."""
@@ -183,11 +201,7 @@ class Graph:
         many = probes > 1
         vs = [self.signs(own, grads, seed, probe + k) for k in range(probes)]
         weights = [torch.stack(parts) for parts in zip(*vs, strict=True)] if many else vs[0]
-        hvps = self.twice(
-            lambda: torch.autograd.grad(
-                grads, wrt, weights, retain_graph=True, allow_unused=True, is_grads_batched=many
-            )
-        )
+        hvps = self.again(grads, wrt, weights, many=many)
         there = [(i, h.detach()) for i, h in zip(own, hvps, strict=True) if h is not None]
         if there:
             layers, found_hvps = zip(*there, strict=True)
@@ -211,6 +225,7 @@ class Graph:
         places = [place for layer in chosen for place in self._places[layer]]
         edges = [self._calls.edges(place) for place in places]
         flat = [edge for own in edges for edge in own]
+        self._about(())
         grads = iter(
             torch.autograd.grad(self.output, flat, v, retain_graph=True, allow_unused=True)
         )

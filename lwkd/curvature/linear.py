@@ -41,6 +41,7 @@ PRODUCTS = {
     "BmmBackward0": (0, 1),
     "ConvolutionBackward0": (0, 1),
     "DotBackward0": (0, 1),
+    "LwkdConvolutionBackward": (0, 1),
     "MmBackward0": (0, 1),
     "MulBackward0": (0, 1),
     "MvBackward0": (0, 1),

@@ -98,8 +98,8 @@ def hessian_trace(
 
     Raises:
         ValueError: Unknown or parameterless layers, an argument out of range, a loss that is no
-            scalar, targets out of range, a loss that gauss_newton and split do not know, samples that are
-            coupled (gauss_newton or split, BatchNorm in train mode), a trace that is not finite.
+            scalar, targets out of range, a loss that gauss_newton and split do not know, samples
+            that are coupled (for these two; BatchNorm in train mode), a trace that is not finite.
         TypeError: A batch or layers of another kind.
         RuntimeError: Something that cannot be differentiated twice, or not enough memory for chunk.
 
