@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
 side, the share of the contrast that is left, the share of height and width."""
 SEVERITIES = (0, 1, 2, 3, 4, 5)
 BINS = 15
+_REPORT = "degradation.degradation_report"
 
 
 def degrade(images: Tensor, kind: str, severity: int, *, seed: int = 0) -> Tensor:
@@ -146,32 +149,42 @@ def degradation_report(
     >>> [(row["degradation"], row["severity"]) for row in rows]
     [('noise', 0), ('noise', 5)]
     """
-    op = "degradation.degradation_report"
     if not isinstance(models, Mapping) or not models:
-        raise ValueError(message(op, "models", "networks by name", repr(models)))
+        raise ValueError(message(_REPORT, "models", "networks by name", repr(models)))
     batches = list(loader)
     if not batches:
-        raise ValueError(message(op, "loader", "one batch at least", "none"))
+        raise ValueError(message(_REPORT, "loader", "one batch at least", "none"))
     rows: list[Row] = []
     for name, model in models.items():
-        network = unwrap(model)
-        with untouched(network):
-            for kind in kinds:
-                for severity in severities:
-                    logits, labels = [], []
-                    for b, (images, target) in enumerate(batches):
-                        x = degrade(images, kind, severity, seed=seed + b)
-                        x = x if transform is None else transform(x)
-                        z = first_tensor(run(op, network, x, "models", "loader"))
-                        if z is None or z.dim() != 2 or len(z) != len(target):
-                            got = f"{'none' if z is None else list(z.shape)} from {name!r}"
-                            expected = f"logits [{len(target)}, C]"
-                            raise ValueError(message(op, "models", expected, got))
-                        logits.append(z)
-                        labels.append(target.to(z.device))
-                    own = {"model": name, "degradation": kind, "severity": severity}
-                    rows.append(own | _scores(torch.cat(logits), torch.cat(labels)))
+        with untouched(unwrap(model)):
+            clean: Row | None = None  # the same for all kinds
+            for kind, severity in product(kinds, severities):
+                scores = clean
+                if severity or clean is None:
+                    worse = partial(degrade, kind=kind, severity=severity)
+                    scores = _scores(*_logits(name, model, batches, worse, transform, seed))
+                clean = clean if severity else scores
+                own = {"model": name, "degradation": kind, "severity": severity}
+                rows.append(own | (scores or {}))
     return rows
+
+
+def _logits(
+    name: str, model: nn.Module, batches: Sequence[Any], worse: Callable[..., Tensor],
+    transform: Callable[[Tensor], Tensor] | None, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A network's logits on all batches made worse, and the classes."""
+    logits, labels = [], []
+    for b, (images, target) in enumerate(batches):
+        x = worse(images, seed=seed + b)
+        x = x if transform is None else transform(x)
+        z = first_tensor(run(_REPORT, unwrap(model), x, "models", "loader"))
+        if z is None or z.dim() != 2 or len(z) != len(target):
+            got = f"{'none' if z is None else list(z.shape)} from {name!r}"
+            raise ValueError(message(_REPORT, "models", f"logits [{len(target)}, C]", got))
+        logits.append(z)
+        labels.append(target.to(z.device))
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _scores(logits: Tensor, target: Tensor) -> Row:

@@ -13,9 +13,8 @@ from pathlib import Path
 from statistics import fmean
 
 from lwkd import plotting, policy
-from lwkd.cli import digits, table
+from lwkd.cli import digits, options, table
 from lwkd.cli.info import check_device
-from lwkd.ops.checks import message, suggest
 
 # The schedule ends near 0: a rate of fixed point would be all zeros.
 FORMS = {"distance": ".4f", "multiplier": ".2f", "rate": ".1e"}
@@ -67,24 +66,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("seeds", "epochs"):
-        if getattr(args, name) < 1:
-            raise ValueError(message("demo", f"--{name}", "at least 1", getattr(args, name)))
-    if args.kind not in digits.KINDS:
-        got = repr(args.kind) + suggest(args.kind, digits.KINDS)
-        expected = f"one of {', '.join(digits.KINDS)}"
-        raise ValueError(message("demo", "--kind", expected, got))
-    if args.policy is not None and args.policy not in policy.POLICIES:
-        got = repr(args.policy) + suggest(args.policy, policy.POLICIES)
-        expected = f"one of {', '.join(policy.POLICIES)}"
-        raise ValueError(message("demo", "--policy", expected, got))
+    options.at_least_one("demo", args, ("seeds", "epochs"))
+    options.one_of("demo", "--kind", args.kind, digits.KINDS)
+    if args.policy is not None:
+        options.one_of("demo", "--policy", args.policy, policy.POLICIES)
     check_device("demo", args.device)
     digits.require()
-    try:
-        plotting.check(args.out)
-    except OSError as error:
-        got = f"{args.out!r}: {error.strerror}"
-        raise ValueError(message("demo", "--out", "a file that can be written", got)) from None
+    options.a_picture("demo", args.out)
 
 
 def report(result: digits.Result, settings: digits.Settings) -> None:

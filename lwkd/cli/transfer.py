@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 
 from lwkd import plotting
-from lwkd.cli import digits, table, transfer_digits
+from lwkd.cli import digits, options, table, transfer_digits
 from lwkd.cli.info import check_device
-from lwkd.ops.checks import message, suggest
+from lwkd.ops.checks import message
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,23 +60,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("seeds", "epochs"):
-        if getattr(args, name) < 1:
-            raise ValueError(message("transfer", f"--{name}", "at least 1", getattr(args, name)))
+    options.at_least_one("transfer", args, ("seeds", "epochs"))
+    options.one_of("transfer", "--method", args.method, transfer_digits.METHODS)
     low, high = transfer_digits.BATCH, transfer_digits.IMAGES
     if not low <= args.images <= high:
         raise ValueError(message("transfer", "--images", f"{low} to {high}", args.images))
-    if args.method not in transfer_digits.METHODS:
-        got = repr(args.method) + suggest(args.method, transfer_digits.METHODS)
-        expected = f"one of {', '.join(transfer_digits.METHODS)}"
-        raise ValueError(message("transfer", "--method", expected, got))
     check_device("transfer", args.device)
     digits.require()
-    try:
-        plotting.check(args.out)
-    except OSError as error:
-        got = f"{args.out!r}: {error.strerror}"
-        raise ValueError(message("transfer", "--out", "a file that can be written", got)) from None
+    options.a_picture("transfer", args.out)
 
 
 def report(result: transfer_digits.Result, settings: transfer_digits.Settings) -> None:
@@ -101,7 +92,10 @@ def report(result: transfer_digits.Result, settings: transfer_digits.Settings) -
 
 def degradation_table(result: transfer_digits.Result) -> list[tuple[str, ...]]:
     """Return, per degradation and severity, accuracy, nll and calibration error of every arm."""
-    places = dict.fromkeys((r["degradation"], r["severity"]) for r in result.degradation_rows)
+    rows = result.degradation_rows
+    places = dict.fromkeys((r["degradation"], r["severity"]) for r in rows)
+    kinds = [kind for kind, _ in places]
+    places = {place: None for place in places if place[1] or place[0] == kinds[0]}  # clean: once
     found = []
     for kind, severity in places:
         cells = []
@@ -112,7 +106,7 @@ def degradation_table(result: transfer_digits.Result) -> list[tuple[str, ...]]:
             cells += [f"{100 * fmean(r['accuracy'] for r in own):.1f}",
                       f"{fmean(r['nll'] for r in own):.2f}",
                       f"{100 * fmean(r['calibration_error'] for r in own):.1f}"]  # fmt: skip
-        found.append((kind, str(severity), *cells))
+        found.append((kind if severity else "none", str(severity), *cells))
     return found
 
 

@@ -29,11 +29,11 @@ class _Form(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
-    ids: tuple[int, int]  # of weight and bias, which are other objects once they were saved
+    ids: tuple[int | None, int | None]  # of weight and bias; None where they are computed
     wanted: Collection[int]  # ids of the parameters that a pass is about; may change meanwhile
 
     def is_about(self, which: int) -> bool:
-        return self.ids[which] in self.wanted
+        return self.ids[which] is None or self.ids[which] in self.wanted
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         zero = [0] * len(self.stride)
@@ -119,10 +119,15 @@ class Convolutions(TorchFunctionMode):
             given = _arguments(_CONVOLUTIONS[func], *args, **(kwargs or {}))
             if given is not None:
                 x, w, b, stride, padding, dilation, groups = given
-                about = (id(w), id(b)), self._wanted
-                form = _Form(stride, padding, dilation, groups, *about)
+                ids = _id(w), _id(b)
+                form = _Form(stride, padding, dilation, groups, ids, self._wanted)
                 return LwkdConvolution.apply(x, w, b, form)
         return func(*args, **(kwargs or {}))
+
+
+def _id(x: Tensor | None) -> int | None:
+    """Of a parameter; what is computed from some (weight_norm) leads to any of them."""
+    return id(x) if x is None or x.is_leaf else None
 
 
 def _arguments(

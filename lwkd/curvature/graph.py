@@ -131,7 +131,7 @@ class Graph:
     def gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
         """First derivatives that can be differentiated again, and not as 0 by mistake."""
         self._about(wrt)
-        grads: Sequence[Tensor | None] = self.twice(
+        grads: Sequence[Tensor | None] = self._twice(
             lambda: torch.autograd.grad(scalar, wrt, weights, create_graph=True, allow_unused=True)
         )
         # Where a function's own backward is once_differentiable, autograd leaves an error that no
@@ -144,7 +144,7 @@ class Graph:
     def again(self, grads: Any, wrt: Sequence[Tensor], weights: Any, *, many: bool = False) -> Any:
         """Second derivatives of ⟨weights, grads⟩ by some parameters."""
         self._about(wrt)
-        return self.twice(
+        return self._twice(
             lambda: torch.autograd.grad(
                 grads, wrt, weights, retain_graph=True, allow_unused=True, is_grads_batched=many
             )
@@ -155,7 +155,7 @@ class Graph:
         self._wanted.clear()
         self._wanted.update(map(id, wrt))
 
-    def twice(self, run: Callable[[], Any]) -> Any:
+    def _twice(self, run: Callable[[], Any]) -> Any:
         """Run a derivative; what torch cannot differentiate twice is named."""
         try:
             return run()

@@ -11,13 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from lwkd import hessian_trace
 from lwkd.curvature.convolution import Convolutions
+from lwkd.curvature.linear import linearity
 from lwkd.curvature.nodes import nodes
 from tests import cases
-from tests.curvature.networks import X, Y, network
+from tests.curvature.networks import X, Y, exact, network
 
 F64 = torch.float64
 FORMS = [
@@ -57,6 +59,10 @@ def test_second_derivatives(dims: int, bias: bool) -> None:
 
         first, second, names = seconds(run, tensors, True, only)
         assert "LwkdConvolutionBackward" in names
+        with Convolutions(set()):
+            z = run(*tensors)
+        assert linearity(z, [[x] for x in tensors]) == [True] * len(tensors)
+        assert linearity(z, [tensors[:2]]) == [False]
         want_first, want_second, _ = seconds(run, tensors, False, only)
         for got, want in zip(first + second, want_first + want_second, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
@@ -87,6 +93,23 @@ def test_several_probes_at_once() -> None:
     for v, got in zip(vs, many, strict=True):
         (want,) = torch.autograd.grad(g, w, v, retain_graph=True)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("estimator", ["block", "hutchinson", "split", "auto"])
+def test_weights_that_are_computed(estimator: str) -> None:
+    """A parametrized convolution's weight is no parameter: its gradient leads to one."""
+
+    class Tanh(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w.tanh()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(32, 4)).double()
+    parametrize.register_parametrization(net[0], "weight", Tanh())
+    got = hessian_trace(net, F.cross_entropy, (X, Y), ["0"], estimator=estimator, probes=600)
+    want = exact(net, layers=["0"]).trace
+    assert ((got.mean - want).abs() <= 4 * got.stderr).all()
+    assert float(got.mean) != 0
 
 
 @pytest.mark.parametrize("estimator", ["auto", "block", "hutchinson", "split"])
