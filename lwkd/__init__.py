@@ -3,6 +3,7 @@
 from lwkd import losses, ops
 from lwkd._version import __version__
 from lwkd.curvature import TraceEstimate, hessian_trace
+from lwkd.frozen import freeze
 from lwkd.layers import LayerPair, LayerPairs, pair_layers
 from lwkd.meters import AttentionMeter, HessianMeter, JacobianMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
@@ -16,6 +17,7 @@ __all__ = [
     "LayerwiseLR",
     "TraceEstimate",
     "__version__",
+    "freeze",
     "hessian_trace",
     "losses",
     "ops",

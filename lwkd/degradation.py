@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd.hooks import first_tensor, run, untouched
-from lwkd.layers import unwrap
+from lwkd.names import unwrap
 from lwkd.ops.checks import message
 
 Row = dict[str, Any]

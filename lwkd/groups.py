@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lwkd import rates
-from lwkd.layers import LayerPairs, named_layers, plain_name
+from lwkd.layers import LayerPairs
+from lwkd.names import named_layers, plain_name
 from lwkd.ops import checks
 from lwkd.policy import is_number
 from lwkd.rates import Rate

@@ -1,12 +1,12 @@
 """Which layer of the student is compared to which layer of the teacher.
 
-Names are those of ``named_modules()`` of the plain network: what ``DistributedDataParallel``
-(``module.``) and ``torch.compile`` (``_orig_mod.``) put in front of them is stripped.
+Names are those of ``named_modules()`` of the plain network (lwkd/names.py).
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,15 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from lwkd import autopair
 from lwkd.autopair import Shape, times
 from lwkd.hooks import COMPILED, Capture, Features, compiled_module, keep, run, untouched
-from lwkd.ops.checks import message, suggest
+from lwkd.names import named_layers, plain_name, unwrap
+from lwkd.ops.checks import flag, message, suggest
 
 _OP = "pair_layers"
 _SIDES = ("student", "teacher")
-_WRAPPERS = ("module", "_orig_mod")
 Modules = Mapping[str, nn.Module]
 T = TypeVar("T")
 
@@ -65,10 +64,12 @@ class LayerPairs(Sequence[LayerPair]):
         student: nn.Module,
         teacher: nn.Module,
         compiled: str | None = None,
+        teacher_trains: bool = False,
     ) -> None:
         self._pairs = tuple(pairs)
         self._student, self._teacher = student, teacher
-        self._compiled = compiled
+        self._compiled, self._teacher_trains = compiled, teacher_trains
+        self._said = False  # that the teacher was in train mode
         inside = named_layers(student), named_layers(teacher)
         self._student_layers = tuple((p.student, inside[0][p.student]) for p in self._pairs)
         self._teacher_layers = tuple((p.teacher, inside[1][p.teacher]) for p in self._pairs)
@@ -104,7 +105,7 @@ class LayerPairs(Sequence[LayerPair]):
         Its ``.student`` and ``.teacher`` are lists of L tensors, to be read as soon as the
         networks have run. They stay alive as long as the object does. Each is the layer's own
         output, or a copy of it where :func:`pair_layers` saw, on its ``example_inputs``, that a
-        later module changes it in place.
+        later module changes it in place. A teacher in train mode is put in eval mode first.
 
         Returns:
             The context manager; for one with-block at a time.
@@ -118,7 +119,7 @@ class LayerPairs(Sequence[LayerPair]):
 
         >>> import torch
         >>> student, teacher = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 5))
-        >>> pairs = pair_layers(student, teacher, ["0"])
+        >>> pairs = pair_layers(student, teacher.eval(), ["0"])
         >>> with pairs.capture() as features:
         ...     _ = student(torch.ones(2, 4)), teacher(torch.ones(2, 4))
         >>> [tuple(x.shape) for x in features.student + features.teacher]
@@ -126,6 +127,7 @@ class LayerPairs(Sequence[LayerPair]):
         """
         op = "LayerPairs.capture"
         self.refuse_compiled(op)
+        self.teacher_in_eval(op)
         student, teacher = (
             self.watch(op, side, partial(keep, [side in pair.changed for pair in self]))
             for side in _SIDES
@@ -162,13 +164,37 @@ class LayerPairs(Sequence[LayerPair]):
             if self._compiled == side or inside is not None:
                 raise RuntimeError(message(op, side, *COMPILED, layer=inside or None))
 
+    def teacher_in_eval(self, op: str) -> None:
+        """Put a teacher that is in train mode in eval mode, and say so once.
+
+        Dropout would change from batch to batch what the student is compared to, and BatchNorm
+        would take its statistics from the student's data.
+
+        Args:
+            op: The public name of the caller, for the warning.
+        """
+        if self._teacher_trains or not self._teacher.training:
+            return
+        shared = set(self._student.modules())
+        if self._teacher in shared:
+            return
+        for module in self._teacher.modules():
+            module.training = module.training and module in shared
+        if not self._said:
+            self._said = True
+            expected = "a network in eval mode (pair_layers(..., teacher_trains=True) for one that "
+            got = "one in train mode: it is put in eval mode"
+            text = message(op, "teacher", f"{expected}is trained beside the student)", got)
+            warnings.warn(text, UserWarning, stacklevel=3)
+
     @overload
     def __getitem__(self, index: int) -> LayerPair: ...
     @overload
     def __getitem__(self, index: slice) -> LayerPairs: ...
     def __getitem__(self, index: int | slice) -> LayerPair | LayerPairs:
         if isinstance(index, slice):
-            return LayerPairs(self._pairs[index], self._student, self._teacher, self._compiled)
+            options = self._compiled, self._teacher_trains
+            return LayerPairs(self._pairs[index], self._student, self._teacher, *options)
         return self._pairs[index]
 
     def __len__(self) -> int:
@@ -189,7 +215,12 @@ class LayerPairs(Sequence[LayerPair]):
 
 
 def pair_layers(
-    student: nn.Module, teacher: nn.Module, pairs: Any = "auto", *, example_inputs: Any = None
+    student: nn.Module,
+    teacher: nn.Module,
+    pairs: Any = "auto",
+    *,
+    example_inputs: Any = None,
+    teacher_trains: bool = False,
 ) -> LayerPairs:
     """Pair layers of a student with layers of its teacher.
 
@@ -217,6 +248,9 @@ def pair_layers(
             networks. Needed by "auto"; otherwise optional, to show shapes and check that the layers
             run. The networks run in eval mode without gradients, on their own devices; modes,
             buffers, generators, hooks and ``.grad`` are left as they were.
+        teacher_trains: The teacher is trained too (mutual learning): its mode is its own. Else one
+            that is in train mode where its activations are captured or measured is put in eval
+            mode, which is said once.
 
     Returns:
         The pairs, with ``.student`` and ``.teacher`` unwrapped.
@@ -225,8 +259,8 @@ def pair_layers(
         ValueError: For an unknown name (with close matches), a student layer that occurs twice, an
             empty choice, a regex without match or with different counts, a container that never
             runs, lazy modules to be run that never ran, or networks that "auto" cannot pair.
-        TypeError: If a network is no module, ``pairs`` or ``example_inputs`` none of the above, or
-            a layer returns no dense tensor.
+        TypeError: If a network is no module, ``pairs``, ``example_inputs`` or ``teacher_trains``
+            none of the above, or a layer returns no dense tensor.
         RuntimeError: If a chosen layer did not run on ``example_inputs``.
 
     >>> import torch
@@ -248,6 +282,7 @@ def pair_layers(
     for side, network in sides:
         if not isinstance(network, nn.Module):
             raise TypeError(message(_OP, side, "an nn.Module", _short(network)))
+    flag(_OP, "teacher_trains", teacher_trains)
     compiled = next((side for side, n in sides if compiled_module(n) is not None), None)
     networks = unwrap(student), unwrap(teacher)
     if networks[0] is networks[1]:
@@ -261,101 +296,9 @@ def pair_layers(
     else:
         chosen = [(s, t, "") for s, t in _explicit(pairs, layers)]
         _check(chosen, layers)
-    return LayerPairs(_describe(chosen, networks, layers, example_inputs), *networks, compiled)
-
-
-# --- names -------------------------------------------------------------------------------------
-
-
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    """Return what a DDP, torch.compile or averaging wrapper holds, or None for other modules."""
-    if "_orig_mod" in module._modules:
-        return module._modules["_orig_mod"]
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-    return module.module if isinstance(module, wrappers) else None
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network inside DDP, torch.compile or averaging wrappers.
-
-    >>> plain = nn.Linear(2, 2)
-    >>> unwrap(nn.DataParallel(plain)) is plain
-    True
-    """
-    while (inner := _wrapped(network)) is not None:
-        network = inner
-    return network
-
-
-def named_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Return every module inside a network by its name, wrappers looked through.
-
-    Args:
-        network: The network.
-
-    Returns:
-        name -> module in definition order, without the network itself; a module that has two names
-        is there twice.
-
-    >>> list(named_layers(nn.Sequential(nn.Sequential(nn.ReLU()), nn.Linear(2, 2))))
-    ['0', '0.0', '1']
-    """
-    layers: dict[str, nn.Module] = {}
-    for name, child in unwrap(network)._modules.items():
-        if child is not None:
-            layers[name] = unwrap(child)
-            layers.update((f"{name}.{k}", m) for k, m in named_layers(child).items())
-    return layers
-
-
-def find_layers(op: str, argument: str, network: nn.Module, names: object) -> dict[str, nn.Module]:
-    """Return modules by the names that somebody has given, wrappers stripped.
-
-    Args:
-        op: The public name of the caller, for errors.
-        argument: Likewise.
-        network: The network.
-        names: What is to be a list of names of its modules.
-
-    Raises:
-        TypeError: No list.
-        ValueError: An unknown name.
-
-    >>> list(find_layers("example", "layers", nn.Sequential(nn.ReLU()), ["module.0"]))
-    ['0']
-    """
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(message(op, argument, "a list of names of modules", repr(names)))
-    known, found = named_layers(network), {}
-    for name in names:
-        plain = plain_name(name, known) if isinstance(name, str) else name
-        if plain not in known:
-            hint = suggest(plain, known) if isinstance(plain, str) else ""
-            raise ValueError(message(op, argument, "names of modules", f"{name!r}{hint}"))
-        found[plain] = known[plain]
-    return found
-
-
-def plain_name(name: str, layers: Iterable[str]) -> str:
-    """Strip ``module.`` and ``_orig_mod.`` from a name, unless a layer is really called so.
-
-    Args:
-        name: The name of a module or parameter.
-        layers: The names that exist.
-
-    Returns:
-        The name as the plain network has it.
-
-    >>> plain_name("module._orig_mod.layer1.0", ["layer1.0"])
-    'layer1.0'
-    """
-    known = set(layers)
-    parts = name.split(".")
-    while ".".join(parts) not in known and parts[0] in _WRAPPERS and len(parts) > 1:
-        parts = parts[1:]
-    if ".".join(parts) in known:
-        return ".".join(parts)
-    return ".".join(p for p in parts if p not in _WRAPPERS)
+    return LayerPairs(
+        _describe(chosen, networks, layers, example_inputs), *networks, compiled, teacher_trains
+    )
 
 
 # --- explicit pairs ----------------------------------------------------------------------------

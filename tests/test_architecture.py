@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"kernels", "csrc"},
     {"ops"},
-    {"hooks"},  # which words its errors as ops does
-    {"layers", "autopair", "factoring", "batches"},
+    {"hooks", "names"},  # which word their errors as ops does
+    {"layers", "autopair", "factoring", "batches", "frozen"},
     {"curvature", "policy", "losses", "distributed", "degradation"},
     {"schedule", "groups", "rates", "base", "saved", "meters"},
     {"study", "integrations", "plotting"},
@@ -209,7 +209,7 @@ LONGER = {
     "kernels/jacobian.py": (400, "the Triton kernels of rows, forward and backward"),
     "lwkd/cli/digits.py": (330, "the demo's experiment: data, networks, three kinds of distances"),
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
-    "lwkd/layers.py": (620, "pairing: names, shapes, the table that is printed, capture"),
+    "lwkd/layers.py": (570, "pairing: shapes, the table that is printed, capture"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),
     "lwkd/ops/factors.py": (380, "one page per op: what an item is, its checks, schema, fake"),
     "lwkd/plotting.py": (430, "the figures, and where their labels go"),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lwkd
-from lwkd.layers import LayerPair, LayerPairs, named_layers, pair_layers, plain_name
+from lwkd.layers import LayerPair, LayerPairs, pair_layers
+from lwkd.names import named_layers, plain_name
 
 # --- networks ----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lwkd.factoring import Owner, owners, parameters
-from lwkd.layers import named_layers, plain_name
+from lwkd.names import named_layers, plain_name
 from lwkd.ops.checks import message, suggest
 
 

@@ -12,7 +12,7 @@ from lwkd.curvature.sampler import Sampler
 from lwkd.curvature.settings import Settings, check_options
 from lwkd.curvature.targets import targets_of
 from lwkd.hooks import untouched
-from lwkd.layers import unwrap
+from lwkd.names import unwrap
 
 _OP = "hessian_trace"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lwkd.losses.layers import check_count, layers_of
 from lwkd.losses.terms import LossTerms
 from lwkd.ops.attention import check_options, discrepancy
 from lwkd.ops.backends import check_name
@@ -41,11 +42,16 @@ class AttentionTransfer(nn.Module):
             four or more dimensions; three dimensions must say (1: [N, C, T], 2: [N, T, D]).
         tokens: A (student, teacher) pair, each None or (h, w, prefix): drops leading tokens and
             folds the rest to an h×w grid.
+        layers: Names of the L layers, or a dict from the student's names to the teacher's; None:
+            as many as come.
         backend: None, "reference", "compiled" or "triton".
 
+    Attributes:
+        layers: As given, for ``pair_layers(student, teacher, loss.layers)``.
+
     Raises:
-        ValueError: beta, convention, p or backend out of its range.
-        TypeError: beta is no number.
+        ValueError: beta, convention, p, layers or backend out of its range.
+        TypeError: beta is no number, layers no names.
 
     >>> loss = AttentionTransfer(beta=1e3)
     >>> student = torch.rand(8, 16, 4, 4, requires_grad=True)
@@ -64,6 +70,7 @@ class AttentionTransfer(nn.Module):
         p: float = 2.0,
         channel_dim: int | Sequence[Any] | None = None,
         tokens: Sequence[Fold | None] | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -75,6 +82,7 @@ class AttentionTransfer(nn.Module):
         check_options(_OP, p, "l2", 0.5)
         self.beta, self.convention, self.p = float(beta), convention, float(p)
         self.channel_dim, self.tokens, self.backend = channel_dim, tokens, backend
+        self.layers = layers_of(_OP, layers)
 
     def forward(
         self,
@@ -103,6 +111,7 @@ class AttentionTransfer(nn.Module):
             TypeError: An item that is no dense floating-point tensor.
             RuntimeError: ``backend`` is not available here.
         """
+        check_count(_OP, self.layers, student=student, teacher=teacher)
         mean = self.convention == "code"
         if isinstance(teacher, (list, tuple)):  # anything else the op refuses
             teacher = [t.detach() if isinstance(t, Tensor) else t for t in teacher]
@@ -119,7 +128,8 @@ class AttentionTransfer(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options in ``repr``."""
-        return f"beta={self.beta}, convention={self.convention!r}, p={self.p}"
+        shown = "" if self.layers is None else f"{self.layers}, "
+        return f"{shown}beta={self.beta}, convention={self.convention!r}, p={self.p}"
 
     def _positions(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[int]:
         """Return P_l, the number of positions that the maps of a pair have in common."""

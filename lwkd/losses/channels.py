@@ -16,7 +16,7 @@ from torch.func import vmap
 
 from lwkd.batches import batches_of, size_of
 from lwkd.hooks import first_tensor, run, untouched
-from lwkd.layers import find_layers, unwrap
+from lwkd.names import find_layers, unwrap
 from lwkd.ops.checks import choice, message, number
 
 _OP = "losses.channel_importance"

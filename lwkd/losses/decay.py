@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lwkd.layers import find_layers, named_layers, unwrap
 from lwkd.losses.terms import LossTerms
+from lwkd.names import find_layers, named_layers, unwrap
 from lwkd.ops.checks import message, number
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lwkd.losses.layers import check_count
 from lwkd.losses.terms import LossTerms
 from lwkd.ops.checks import choice, message, number
 
@@ -93,11 +94,7 @@ class DELTA(nn.Module):
                 weights of another length than the channels, tensors on two devices.
             TypeError: An item that is no floating tensor.
         """
-        for side, xs in (("student", student), ("source", source)):
-            if not isinstance(xs, (list, tuple)) or len(xs) != len(self.layers):
-                got = len(xs) if isinstance(xs, (list, tuple)) else type(xs).__name__
-                expected = f"a list of {len(self.layers)} tensors, one for each of {self.layers}"
-                raise ValueError(message(_OP, side, expected, got))
+        check_count(_OP, self.layers, student=student, source=source)
         d = torch.stack([
             self._layer(i, *pair) for i, pair in enumerate(zip(student, source, strict=True))
         ])  # fmt: skip

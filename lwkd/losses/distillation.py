@@ -42,6 +42,7 @@ class KnowledgeDistillation(nn.Module):
         number(_OP, "alpha", alpha, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         number(_OP, "tau", tau, "a positive finite number", lambda v: 0 < v < math.inf)
         self.alpha, self.tau = float(alpha), float(tau)
+        self.layers = None  # it compares none
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lwkd.losses.layers import check_count, layers_of
 from lwkd.losses.terms import LossTerms
 from lwkd.ops import attention_maps
 from lwkd.ops.attention_reference import pool
@@ -46,11 +47,16 @@ class JacobianMatching(nn.Module):
         normalize: Match directions only.
         p: Power of the maps, ≥ 1.
         channel_dim: Of the activations whose maps are taken, as in ``lwkd.ops.attention_maps``.
+        layers: For ``of="map"``, names of the L layers, or a dict from the student's names to the
+            teacher's; None: as many as come.
         backend: None, "reference", "compiled" or "triton".
 
+    Attributes:
+        layers: As given, for ``pair_layers(student, teacher, loss.layers)``.
+
     Raises:
-        ValueError: alpha, beta, of, p or backend out of its range.
-        TypeError: alpha or beta is no number, or normalize no bool.
+        ValueError: alpha, beta, of, p, layers or backend out of its range.
+        TypeError: alpha or beta is no number, normalize no bool, layers no names.
 
     >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     >>> x = torch.rand(8, 4, requires_grad=True)
@@ -69,6 +75,7 @@ class JacobianMatching(nn.Module):
         normalize: bool = True,
         p: float = 2.0,
         channel_dim: int | Sequence[int] | None = None,
+        layers: Sequence[str] | Mapping[str, str] | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +87,10 @@ class JacobianMatching(nn.Module):
         flag(op, "normalize", normalize)
         number(op, "p", p, "a finite number ≥ 1", lambda v: 1 <= v < math.inf)
         check_name(op, backend)
+        self.layers = layers_of(op, layers)
+        if self.layers is not None and of != "map":
+            expected = "None: outputs are compared, and layers with of='map'"
+            raise ValueError(message(op, "layers", expected, repr(layers)))
         self._op = op
         self.beta, self.alpha, self.of, self.normalize = float(beta), float(alpha), of, normalize
         self.p, self.channel_dim, self.backend = float(p), channel_dim, backend
@@ -167,6 +178,7 @@ class JacobianMatching(nn.Module):
             if not isinstance(xs, (list, tuple)):
                 expected = "a list of activations, one a layer"
                 raise TypeError(message(self._op, name, expected, type(xs).__name__))
+        check_count(self._op, self.layers, student=student, teacher=teacher)
         if len(student) != len(teacher):
             expected = f"{len(student)} activations, as many as student"
             raise ValueError(message(self._op, "teacher", expected, len(teacher)))
@@ -214,6 +226,7 @@ class GradientAttentionTransfer(nn.Module):
         number(op, "beta", beta, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
         check_name(op, backend)
         self._op, self.beta, self.backend = op, float(beta), backend
+        self.layers = None  # it compares none
 
     def forward(self, student_loss: Tensor, teacher_loss: Tensor, inputs: Tensor) -> LossTerms:
         """Compute the loss.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lwkd.hooks import first_tensor, run, untouched
-from lwkd.layers import unwrap
+from lwkd.names import unwrap
 from lwkd.ops.checks import message
 
 _OP = "losses.TeacherLogits"

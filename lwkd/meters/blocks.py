@@ -53,6 +53,7 @@ class Blocks(ABC, Generic[_Recorder]):
         if self._hooks is not None:
             raise RuntimeError(message(self._op, "with-block", "one entry at a time", "a second"))
         self.pairs.refuse_compiled(self._op)  # due or not: it fails in its first block or never
+        self.pairs.teacher_in_eval(self._op)
         due = self._calls % self.every == 0
         self._ready, self._sides = False, None
         with ExitStack() as stack:
