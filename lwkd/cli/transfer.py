@@ -1,8 +1,8 @@
 """Fine-tune a small network on a few real images, offline, by a transfer method.
 
 scikit-learn's digits: a network that knows 0 to 4 learns 5 to 9, plainly, by the method, and by the
-method with a rate per layer. The methods are DELTA (delta) and transfer learning with distillation
-(tlkd). What is printed at the end is what came out, also of images that get worse.
+method with a rate per layer. What is printed at the end is what came out, also of images that get
+worse.
 """
 
 from __future__ import annotations

@@ -11,26 +11,42 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader
 
 from lwkd.cli import digits
 from lwkd.cli.digits import Batch, Network, Row
+from lwkd.cli.transfer_methods import (
+    LAYERS,
+    Attention,
+    Delta,
+    Distillation,
+    Jacobian,
+    Method,
+    StartingPoint,
+)
 from lwkd.degradation import degradation_report
 from lwkd.groups import param_groups_layerwise
-from lwkd.layers import LayerPairs, pair_layers
-from lwkd.losses import DELTA, L2, KnowledgeDistillation, TeacherLogits, channel_importance
+from lwkd.layers import pair_layers
 from lwkd.meters import AttentionMeter
 from lwkd.schedule import LayerwiseLR
 
-METHODS = {"delta": "DELTA", "tlkd": "TL+KD"}
+METHODS = {
+    "delta": "DELTA",
+    "l2sp": "L2-SP",
+    "attention": "attention transfer",
+    "jacobian": "Jacobian matching",
+    "tlkd": "TL+KD",
+}
+_TAUGHT: dict[str, Callable[[Network, Batch], Method]] = {
+    "attention": Attention,
+    "jacobian": Jacobian,
+    "tlkd": Distillation,
+}  # with a teacher; the others compare with the source network
 ARMS = ("plain", "uniform", "layer-wise")
 STUDENT, TEACHER = (8, 16, 32), (24, 48, 96)
-LAYERS = ("stage1", "stage2", "stage3")
 BODY_LR, HEAD_LR, BATCH = 0.01, 0.1, 20
 IMAGES = 600  # of the new digits, at the most
 
@@ -62,7 +78,7 @@ class Result:
 
     Attributes:
         source_accuracy: Of the source network on test images of its own digits.
-        teacher_accuracy: TL+KD: of the teacher on those of the new ones, by seed.
+        teacher_accuracy: Where there is one, of the teacher on those of the new ones, by seed.
         layer_rows: Dicts of arm, seed, epoch, layer, distance, multiplier.
         accuracy_rows: Dicts of arm, seed, epoch, accuracy.
         degradation_rows: Of :func:`lwkd.degradation.degradation_report`, with the seed.
@@ -134,22 +150,21 @@ def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> Result:
     old, old_test, new, test = load(settings.device)
     with digits.one_thread():
         source = pretrained(STUDENT, old, settings)
-        larger = pretrained(TEACHER, old, settings) if settings.method == "tlkd" else source
+        larger = pretrained(TEACHER, old, settings) if settings.method in _TAUGHT else source
         result = Result(digits.accuracy(source, old_test))
         for seed in range(settings.seeds):
             order = torch.randperm(len(new[1]), generator=torch.Generator().manual_seed(seed))
             chosen = order[: settings.images].to(new[1].device)
             data = new[0][chosen], new[1][chosen]
-            method: _Delta | _TLKD
-            if settings.method == "delta":
-                method = _Delta(source, data, seed)
-            else:
-                method = _TLKD(larger, data, seed, settings)
+            method = _method((source, larger), data, seed, settings)
+            if settings.method in _TAUGHT:
                 result.teacher_accuracy.append(digits.accuracy(method.guide, test))
             trained: dict[str, nn.Module] = {}
             for arm in ARMS:
                 student = with_new_head(source, seed)
-                for epoch, d, multipliers in _fine_tune(student, method, arm, seed, settings):
+                for epoch, d, multipliers in _fine_tune(
+                    student, method, data[0], arm, seed, settings
+                ):
                     where = {"arm": arm, "seed": seed, "epoch": epoch}
                     result.layer_rows.extend(
                         {**where, "layer": name, "distance": a, "multiplier": m}
@@ -164,76 +179,23 @@ def run(settings: Settings, tick: Callable[[], None] = lambda: None) -> Result:
     return result
 
 
-# --- the methods ---------------------------------------------------------------------------------
+# --- one student ---------------------------------------------------------------------------------
 
 
-class Terms(NamedTuple):
-    """Losses of a batch, without and with the method, and what the method measured on the way."""
-
-    plain: Tensor
-    total: Tensor
-    per_layer: Tensor | None
-
-
-class _Delta:
-    """Features near the source's, channel by channel, as the loss rises without a channel."""
-
-    def __init__(self, source: Network, data: Batch, seed: int) -> None:
-        self.guide: nn.Module = source
-        self.data: Dataset[Any] = TensorDataset(*data)
-        self.images = data[0]
-        probe = with_new_head(source, seed)
-        _train_head(probe, data)
-        self._delta = DELTA(channel_importance(probe, [data], LAYERS).weights)
-
-    def __call__(self, student: Network, pairs: LayerPairs, batch: Sequence[Tensor]) -> Terms:
-        x, y = batch
-        with pairs.capture() as features:
-            logits = student(x)
-            with torch.no_grad():
-                self.guide(x)
-        plain = F.cross_entropy(logits, y)
-        terms = self._delta(features.student, features.teacher)
-        head = L2(student, ["head"])()
-        return Terms(plain, plain + terms.total + head.total, terms.per_layer)
-
-
-class _TLKD:
-    """The outputs of a larger network that was fine-tuned on the same images, computed once."""
-
-    def __init__(self, larger: Network, data: Batch, seed: int, settings: Settings) -> None:
-        teacher = with_new_head(larger, seed)
-        digits.train(teacher, data, settings.epochs, _nothing, BATCH)
-        self.guide: nn.Module = teacher
-        self.data: Dataset[Any] = TeacherLogits(TensorDataset(*data), teacher)
-        self.images = data[0]
-        self._kd = KnowledgeDistillation()
-
-    def __call__(self, student: Network, pairs: LayerPairs, batch: Sequence[Tensor]) -> Terms:
-        x, y, z = batch
-        logits = student(x)
-        total = self._kd(logits, z.to(logits.device), y).total
-        return Terms(F.cross_entropy(logits, y), total, None)
-
-
-def _train_head(network: Network, data: Batch) -> None:
-    """Train a new head alone, on features that stay."""
-    network.eval()
-    network.requires_grad_(False).head.requires_grad_(True)
-    parameters = network.head.parameters()
-    optimizer = torch.optim.LBFGS(parameters, max_iter=50, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(network(data[0]), data[1])
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
+def _method(networks: Sequence[Network], data: Batch, seed: int, settings: Settings) -> Method:
+    """What the settings ask for, with the source network or a teacher made of the larger one."""
+    source, larger = networks
+    if settings.method == "delta":
+        return Delta(source, with_new_head(source, seed), data)
+    if settings.method == "l2sp":
+        return StartingPoint(source, data)
+    teacher = with_new_head(larger, seed)
+    digits.train(teacher, data, settings.epochs, _nothing, BATCH)
+    return _TAUGHT[settings.method](teacher, data)
 
 
 def _fine_tune(
-    student: Network, method: _Delta | _TLKD, arm: str, seed: int, settings: Settings
+    student: Network, method: Method, images: Tensor, arm: str, seed: int, settings: Settings
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Train one student; yield (epoch, distances [L], multipliers [L]) of every epoch."""
     pairs = pair_layers(student, method.guide, list(LAYERS))
@@ -244,7 +206,7 @@ def _fine_tune(
     base = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(loader))
     rates = LayerwiseLR(optimizer, pairs, base=base) if arm == "layer-wise" else None
     meter = AttentionMeter(pairs)
-    images = method.images
+    method.start(student, pairs)
     for epoch in range(settings.epochs + 1):
         own = meter.measure(images)  # without the method's losses, between epochs
         multipliers = rates.multipliers if rates is not None else torch.ones(len(LAYERS))
@@ -253,7 +215,7 @@ def _fine_tune(
             return
         student.train()
         for batch in loader:
-            terms = method(student, pairs, batch)
+            terms = method(batch)
             optimizer.zero_grad()
             (terms.plain if arm == "plain" else terms.total).backward()
             optimizer.step()
