@@ -1,22 +1,28 @@
-"""What bounds the two Jacobian rows that miss their goal, on this CPU: rows f+b, and the small ViT.
+"""What bounds the rows that miss their goal, on this CPU.
 
-python -m bench.bounds > bench/results/jacobian-bounds.txt
+    python -m bench.bounds jacobian > bench/results/jacobian-bounds.txt
+    python -m bench.bounds hessian > bench/results/hessian-bounds.txt
+
+Of Jacobians, rows f+b and the small ViT; of Hessians, joint probes.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from bench import traces
 from bench.cases import METER_CASES, ROWS_CASES
 from bench.test_jacobian import _network, _passes, _per_sample
 from lwkd import JacobianMeter, pair_layers
-from lwkd.ops import layer_discrepancy
+from lwkd.ops import layer_discrepancy, probe_dot, rademacher
 
 
 def milliseconds(run: Callable[[], object], rounds: int) -> float:
@@ -79,6 +85,45 @@ def meter() -> None:
     show(2, f"the comparison of {len(names)} layers", 1e3 * statistics.median(spent[1:]))
 
 
+def probes() -> None:
+    """A joint probe beside its product: what else there is, and what of it memory alone costs."""
+    for title, n, shape in traces.NETWORKS:
+        problem = traces.problem_of(title, n, shape)
+        grads, params = traces.first_order(problem)
+        indices = list(range(len(params)))
+
+        def draw(params: list[Tensor] = params) -> list[Tensor]:
+            return [rademacher(p.detach(), seed=0, layer=i) for i, p in enumerate(params)]
+
+        vs = draw()
+
+        def product(grads: Any = grads, params: Any = params, vs: Any = vs) -> Any:
+            return torch.autograd.grad(grads, params, vs, retain_graph=True)
+
+        found = [h.detach() for h in product()]
+        way = {}
+        for k in (1, 9):
+            way[k] = milliseconds(
+                partial(traces.ours, problem, "hutchinson", k, 0), 9 if n == 64 else 5
+            )
+        print(f"{title}, {sum(p.numel() for p in params) / 1e6:.1f} M parameters in {len(indices)} "
+              f"tensors, N={n}, {torch.get_num_threads()} thread(s)")  # fmt: skip
+        show(1, "a joint probe of hessian_trace, 8 more of them", (way[9] - way[1]) / 8)
+        show(2, "its Hessian-vector product", milliseconds(product, 9))
+        show(2, "its signs, in fresh memory", milliseconds(draw, 31))
+        kept = [torch.empty_like(p) for p in params]
+        show(3, "as much fresh memory filled", milliseconds(
+            lambda like=params: [torch.ones_like(p) for p in like], 31))  # fmt: skip
+        show(3, "as much kept memory filled", milliseconds(
+            lambda own=kept: [x.fill_(1) for x in own], 31))  # fmt: skip
+        show(2, "its inner products", milliseconds(partial(probe_dot, found, seed=0), 31))
+        show(3, "as much memory read once", milliseconds(
+            lambda own=found: [h.sum() for h in own], 31))  # fmt: skip
+        show(1, "what comes before the first probe: the graph", way[1] - (way[9] - way[1]) / 8)
+
+
+WHAT = {"jacobian": (rows, meter), "hessian": (probes,)}
+
 if __name__ == "__main__":
-    rows()
-    meter()
+    for part in WHAT[sys.argv[1]]:
+        part()

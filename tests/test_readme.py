@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import lwkd
+from lwkd import degradation, losses
+from lwkd.cli import digits, transfer_digits
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -76,6 +83,71 @@ def test_the_loop_runs_as_pasted(network: Callable[[int], nn.Module]) -> None:
     names |= {"student_features": features.student, "teacher_features": features.teacher}
     exec(compile(blocks[1], "README.md", "exec"), names)
     assert names["d"].shape == (len(names["pairs"]),)
+
+
+def _rows(title: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    section = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^\|(.*)\|$", section, re.M)[2:]
+    return [[cell.strip() for cell in line.split(" | ")] for line in lines]
+
+
+def _names() -> dict[str, Any]:
+    """What a loop has when a loss is due: a batch through a source network and its copy."""
+    torch.manual_seed(0)
+    student, teacher = (
+        nn.Sequential(OrderedDict(
+            stage1=nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()),
+            stage2=nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU()),
+            head=nn.Sequential(nn.Flatten(), nn.Linear(128, 5)),
+        ))
+        for _ in "st"
+    )  # fmt: skip
+    layers = ["stage1", "stage2"]
+    pairs = lwkd.pair_layers(student, teacher.eval(), layers)
+    images, labels = torch.rand(6, 3, 16, 16).requires_grad_(), torch.arange(6) % 5
+    with pairs.capture() as features:
+        logits, teacher_logits = student(images), teacher(images)
+    loader = [(images.detach(), labels)]
+    return {
+        "F": F, "degradation": degradation, "losses": losses, "lwkd": lwkd, "dataset":
+        TensorDataset(*loader[0]), "features": features, "images": images,
+        "importance": losses.channel_importance(student, loader, layers), "labels": labels,
+        "layers": layers, "loader": loader, "logits": logits,
+        "loss": F.cross_entropy(logits, labels), "pairs": pairs, "student": student,
+        "teacher": teacher, "teacher_logits": teacher_logits,
+        "teacher_loss": F.cross_entropy(teacher_logits, labels),
+    }  # fmt: skip
+
+
+METHODS = _rows("Methods")
+
+
+@pytest.mark.parametrize("line", [row[1].strip("`") for row in METHODS])
+def test_every_method_of_the_table_runs(line: str) -> None:
+    names = _names()
+    found = eval(line, names)
+    if isinstance(found, losses.LossTerms):
+        found.total.backward()
+        assert any(p.grad is not None and p.grad.any() for p in names["student"].parameters())
+    if line.startswith("lwkd.") and "Meter" in line:
+        assert found.shape == (2,)
+        assert (found > 0).all()
+    if line.startswith("lwkd.freeze"):
+        assert not names["student"].stage1[0].weight.requires_grad
+
+
+def test_the_table_names_every_loss_and_meter_and_command() -> None:
+    lines = " ".join(row[1] for row in METHODS)
+    meters = {name for name in lwkd.__all__ if name.endswith("Meter")}
+    assert {name for name in losses.__all__ if name not in lines} == {
+        "LossTerms", "ChannelImportance"}  # fmt: skip
+    assert {name for name in meters if name not in lines} == set()
+    commands = [c for row in METHODS for c in re.findall(r"`python -m lwkd (.*?)`", row[2])]
+    methods = {c.split()[2] for c in commands if c.startswith("transfer --method")}
+    assert methods == set(transfer_digits.METHODS)
+    kinds = {c.split()[2] for c in commands if c.startswith("demo --kind")}
+    assert kinds | {digits.Settings().kind} == set(digits.KINDS)
 
 
 def test_links_lead_somewhere():

@@ -21,7 +21,8 @@ from lwkd.cli import digits
 from lwkd.layers import pair_layers
 
 # By name, the options of `policy.bind`; None: one rate.
-ARMS: dict[str, dict[str, Any] | None] = {
+Arms = dict[str, dict[str, Any] | None]
+ARMS: Arms = {
     "uniform": None,
     "ratio": {"policy": "ratio"},
     "power 1": {"policy": "power", "gamma": 1.0},
@@ -37,11 +38,16 @@ SIZES = ((None, 20), (128, 60))
 
 def study(seeds: int) -> Iterable[rows.Row]:
     """Yield a row for every size, arm and seed."""
+    return study_of(ARMS, seeds)
+
+
+def study_of(arms: Arms, seeds: int) -> Iterable[rows.Row]:
+    """The same of other arms, whose options may name the ``kind`` of distances too."""
     for limit, epochs in SIZES:
-        yield from _study(seeds, limit, epochs)
+        yield from _study(arms, seeds, limit, epochs)
 
 
-def _study(seeds: int, limit: int | None, epochs: int) -> Iterable[rows.Row]:
+def _study(arms: Arms, seeds: int, limit: int | None, epochs: int) -> Iterable[rows.Row]:
     train, test = digits.load_digits("cpu", limit)
     everything, _ = digits.load_digits("cpu")
     teacher = digits.train_teacher(everything, digits.Settings(), lambda: None)
@@ -49,12 +55,13 @@ def _study(seeds: int, limit: int | None, epochs: int) -> Iterable[rows.Row]:
     layers = pair_layers(start, teacher, example_inputs=train[0][:2]).names
     for seed in range(seeds):
         start = digits.fresh((8, 16, 32), seed, "cpu")
-        for arm, options in ARMS.items():
-            student = copy.deepcopy(start)
-            chosen = None if options is None else policy.bind(**options)[1]
-            settings = digits.Settings(epochs=epochs, policy=chosen, limit=limit)
-            kind = digits.ARMS[0 if options is None else 1]
-            *_, last = digits.distil(student, teacher, layers, kind, seed, train, settings)
+        for arm, options in arms.items():
+            student, own = copy.deepcopy(start), dict(options or {})
+            kind = own.pop("kind", "attention")
+            chosen = policy.bind(**own)[1] if own else None
+            settings = digits.Settings(kind=kind, epochs=epochs, policy=chosen, limit=limit)
+            rates = digits.ARMS[0 if options is None else 1]
+            *_, last = digits.distil(student, teacher, layers, rates, seed, train, settings)
             yield {
                 "data": "digits",
                 "train_images": len(train[0]),
@@ -69,12 +76,17 @@ def _study(seeds: int, limit: int | None, epochs: int) -> Iterable[rows.Row]:
 
 def table(found: list[rows.Row]) -> str:
     """Return accuracy, and the difference from one rate in points, paired by seed, as Markdown."""
+    return table_of(ARMS, found)
+
+
+def table_of(arms: Arms, found: list[rows.Row]) -> str:
+    """The same of other arms, "uniform" among them."""
     lines = ["| training images | arm | accuracy | minus uniform, points |", "|--:|---|--:|--:|"]
     for images in sorted({row["train_images"] for row in found}, reverse=True):
         of = {
             arm: {r["seed"]: r["accuracy"] for r in found
                   if r["arm"] == arm and r["train_images"] == images}
-            for arm in ARMS
+            for arm in arms
         }  # fmt: skip
         for arm, values in of.items():
             gain = "–" if arm == "uniform" else rows.gain(values, of["uniform"])
