@@ -10,9 +10,9 @@ namespace {
 using Sums = std::array<double, 3>;
 
 // Of blocks P and Q of both grams, rows and columns of one block: 11, 12, 22.
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void add_own(const A* const* p, const A* const* q, int64_t count, double* out) {
-  sum_piece<3>(p[0], q[0], count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
+  sum_piece<3, Wide>(p[0], q[0], count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
     using V = decltype(v);
     const V p11 = read<V>(p[0] + i), p12 = read<V>(p[1] + i), p22 = read<V>(p[2] + i);
     const V q11 = read<V>(q[0] + i), q12 = read<V>(q[1] + i), q22 = read<V>(q[2] + i);
@@ -23,9 +23,9 @@ LWKD_INLINE void add_own(const A* const* p, const A* const* q, int64_t count, do
 }
 
 // Of two blocks, each pair of which stands for two: 11, 12, 21, 22.
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void add_cross(const A* const* p, const A* const* q, int64_t count, double* out) {
-  sum_piece<3>(p[0], q[0], count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
+  sum_piece<3, Wide>(p[0], q[0], count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
     using V = decltype(v);
     const V p11 = read<V>(p[0] + i), p12 = read<V>(p[1] + i);
     const V p21 = read<V>(p[2] + i), p22 = read<V>(p[3] + i);
@@ -37,48 +37,44 @@ LWKD_INLINE void add_cross(const A* const* p, const A* const* q, int64_t count, 
   });
 }
 
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void add_inner(const A* p, const A* q, int64_t count, double* out) {
-  sum_piece<1>(p, q, count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
+  sum_piece<1, Wide>(p, q, count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
     using V = decltype(v);
     return std::array<V, 1>{read<V>(p + i) * read<V>(q + i)};
   });
 }
 
 // u = first + second, and g: ‖u‖², ⟨u, g⟩, ‖g‖².
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void add_halves(const A* first, const A* second, const A* g, int64_t count,
                             double* out) {
-  sum_piece<3>(first, second, count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
+  sum_piece<3, Wide>(first, second, count, out, [&](auto v, int64_t i) LWKD_LAMBDA {
     using V = decltype(v);
     const V u = read<V>(first + i) + read<V>(second + i), own = read<V>(g + i);
     return std::array<V, 3>{u * u, u * own, own * own};
   });
 }
 
-#define LWKD_TILES(A)                                                                        \
-  LWKD_CLONES void own(const A* const* p, const A* const* q, int64_t count, double* out) {   \
-    add_own(p, q, count, out);                                                               \
-  }                                                                                          \
-  LWKD_CLONES void cross(const A* const* p, const A* const* q, int64_t count, double* out) { \
-    add_cross(p, q, count, out);                                                             \
-  }                                                                                          \
-  LWKD_CLONES void inner(const A* p, const A* q, int64_t count, double* out) {               \
-    add_inner(p, q, count, out);                                                             \
-  }                                                                                          \
-  LWKD_CLONES void two_halves(const A* first, const A* second, const A* g, int64_t count,    \
-                              double* out) {                                                 \
-    add_halves(first, second, g, count, out);                                                \
-  }                                                                                          \
-  LWKD_CLONES void add_product(const A* x, const A* y, int64_t y_stride, int64_t count,      \
-                               double* to) {                                                 \
-    if (y_stride == 1)                                                                       \
-      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i]);              \
-    else                                                                                     \
-      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i * y_stride]);   \
-  }                                                                                          \
-  LWKD_CLONES void add_to(const A* x, int64_t count, double* to) {                           \
-    for (int64_t i = 0; i < count; ++i) to[i] += x[i];                                       \
+#define LWKD_TILES(A)                                                                            \
+  LWKD_WIDE_CLONES(void own(const A* const* p, const A* const* q, int64_t count, double* out),   \
+                   add_own<Wide>(p, q, count, out);)                                             \
+  LWKD_WIDE_CLONES(void cross(const A* const* p, const A* const* q, int64_t count, double* out), \
+                   add_cross<Wide>(p, q, count, out);)                                           \
+  LWKD_WIDE_CLONES(void inner(const A* p, const A* q, int64_t count, double* out),               \
+                   add_inner<Wide>(p, q, count, out);)                                           \
+  LWKD_WIDE_CLONES(                                                                              \
+      void two_halves(const A* first, const A* second, const A* g, int64_t count, double* out),  \
+      add_halves<Wide>(first, second, g, count, out);)                                           \
+  LWKD_CLONES void add_product(const A* x, const A* y, int64_t y_stride, int64_t count,          \
+                               double* to) {                                                     \
+    if (y_stride == 1)                                                                           \
+      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i]);                  \
+    else                                                                                         \
+      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i * y_stride]);       \
+  }                                                                                              \
+  LWKD_CLONES void add_to(const A* x, int64_t count, double* to) {                               \
+    for (int64_t i = 0; i < count; ++i) to[i] += x[i];                                           \
   }
 LWKD_TILES(float)
 LWKD_TILES(double)

@@ -63,39 +63,59 @@ inline void words_of(const Probe& probe, int64_t begin, int64_t end, uint32_t* w
   }
 }
 
-// ±x by the bits of a word, from bit `first` on: a clear bit flips the sign.
-LWKD_INLINE Float8 signed_by(Float8 x, uint32_t word, int first) {
-  const Int8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-  const Int8 clear = (~Int8{} ^ (Int8{} + word)) >> (lane + first);
-  return (Float8)((Int8)x ^ (clear << 31));
+// ±x by bits kFirst … kFirst + 7 of a word: a clear one flips the sign.
+template <int kFirst>
+LWKD_INLINE Float8 signed_by(Float8 x, uint32_t word) {
+  const Int8 shift = {31, 30, 29, 28, 27, 26, 25, 24};
+  const Int8 clear = (Int8{} + ~word) << (shift - kFirst);
+  return (Float8)((Int8)x ^ (clear & 0x80000000u));
 }
 LWKD_INLINE float signed_by(float x, uint32_t word, int bit) { return word >> bit & 1 ? x : -x; }
 LWKD_INLINE double signed_by(double x, uint32_t word, int bit) { return word >> bit & 1 ? x : -x; }
 
 // Σ ±x[q] in float64: 16 partial sums, added in one fixed order.
+template <typename Wide>
 LWKD_INLINE double sum_signed(const float* x, const uint32_t* words, int64_t count) {
-  Double8 sum[2] = {};
+  constexpr int kWide = kLanes<Wide>;
+  Wide sum[16 / kWide] = {};
   int64_t q = 0;
-  for (; q + 16 <= count; q += 16) {
-    read_ahead<16>(x + q);
-    for (int v = 0; v < 2; ++v) {
-      const Float8 y = signed_by(load(x + q + 8 * v), words[q / 32], q % 32 + 8 * v);
-      sum[v] += __builtin_convertvector(y, Double8);
-    }
+  const auto add = [&]<int kPart>(uint32_t word) LWKD_LAMBDA {
+    const Float8 y = signed_by<8 * kPart>(load(x + q + 8 * kPart), word);
+    Floats<kWide> parts[8 / kWide];
+    std::memcpy(parts, &y, sizeof(y));
+    for (int k = 0; k < 8 / kWide; ++k) sum[8 / kWide * (kPart % 2) + k] += doubles(parts[k]);
+  };
+  for (; q + 32 <= count; q += 32) {
+    read_ahead<32>(x + q);
+    const uint32_t word = words[q / 32];
+    add.template operator()<0>(word);
+    add.template operator()<1>(word);
+    add.template operator()<2>(word);
+    add.template operator()<3>(word);
   }
-  for (int lane = 0; q < count; ++q, ++lane)
-    sum[lane / 8][lane % 8] += double(signed_by(x[q], words[q / 32], q % 32));
-  return total(halves(sum[0]) + halves(sum[1]));
+  for (int lane = 0; q < count; ++q, lane = (lane + 1) % 16)
+    sum[lane / kWide][lane % kWide] += double(signed_by(x[q], words[q / 32], q % 32));
+  return total(sum);
 }
+template <typename Wide>
 LWKD_INLINE double sum_signed(const double* x, const uint32_t* words, int64_t count) {
-  Double8 sum = {};
+  double sum[16] = {};
   for (int64_t q = 0; q < count; ++q) sum[q % 8] += signed_by(x[q], words[q / 32], q % 32);
-  return total(halves(sum));
+  Double4 both[4];
+  std::memcpy(both, sum, sizeof(both));
+  return total(both);
 }
 
 LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, float* to) {
+  const Float8 one = Float8{} + 1;
   int64_t q = 0;
-  for (; q + 8 <= count; q += 8) store(signed_by(Float8{} + 1, words[q / 32], q % 32), to + q);
+  for (; q + 32 <= count; q += 32) {
+    const uint32_t word = words[q / 32];
+    store(signed_by<0>(one, word), to + q);
+    store(signed_by<8>(one, word), to + q + 8);
+    store(signed_by<16>(one, word), to + q + 16);
+    store(signed_by<24>(one, word), to + q + 24);
+  }
   for (; q < count; ++q) to[q] = signed_by(1.0f, words[q / 32], q % 32);
 }
 LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, double* to) {
@@ -103,12 +123,11 @@ LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, double* to) {
 }
 
 // One ordinary function per type: clones need that.
-#define LWKD_SIGNED(A)                                                              \
-  LWKD_CLONES double signed_sum(const A* x, const uint32_t* words, int64_t count) { \
-    return sum_signed(x, words, count);                                             \
-  }                                                                                 \
-  LWKD_CLONES void signs(const uint32_t* words, int64_t count, A* to) {             \
-    write_signs(words, count, to);                                                  \
+#define LWKD_SIGNED(A)                                                                  \
+  LWKD_WIDE_CLONES(double signed_sum(const A* x, const uint32_t* words, int64_t count), \
+                   return sum_signed<Wide>(x, words, count);)                           \
+  LWKD_CLONES void signs(const uint32_t* words, int64_t count, A* to) {                 \
+    write_signs(words, count, to);                                                      \
   }
 LWKD_SIGNED(float)
 LWKD_SIGNED(double)

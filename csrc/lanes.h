@@ -12,6 +12,7 @@ namespace lwkd {
 
 using Float8 = float __attribute__((vector_size(32)));
 using Float4 = float __attribute__((vector_size(16)));
+using Float2 = float __attribute__((vector_size(8)));
 using Double2 = double __attribute__((vector_size(16)));
 using Int8 = uint32_t __attribute__((vector_size(32)));
 using Short8 = uint16_t __attribute__((vector_size(16)));
@@ -19,8 +20,35 @@ using Double4 = double __attribute__((vector_size(32)));
 using Double8 = double __attribute__((vector_size(64)));
 using Long4 = uint64_t __attribute__((vector_size(32)));
 
+// A function in one version an instruction set, like LWKD_CLONES, whose body sees as Wide the
+// doubles of one register: sums of wider vectors would live in memory.
+#if defined(__x86_64__) && !defined(LWKD_SANITIZE)
+#define LWKD_WIDE_CLONES(head, ...)                                 \
+  __attribute__((target("arch=x86-64-v4"))) [[maybe_unused]] head { \
+    using Wide = Double8;                                           \
+    __VA_ARGS__                                                     \
+  }                                                                 \
+  __attribute__((target("arch=x86-64-v3"))) [[maybe_unused]] head { \
+    using Wide = Double4;                                           \
+    __VA_ARGS__                                                     \
+  }                                                                 \
+  __attribute__((target("default"))) [[maybe_unused]] head {        \
+    using Wide = Double2;                                           \
+    __VA_ARGS__                                                     \
+  }
+#else
+#define LWKD_WIDE_CLONES(head, ...) \
+  [[maybe_unused]] head {           \
+    using Wide = Double4;           \
+    __VA_ARGS__                     \
+  }
+#endif
+
 template <int kCount>
-using Floats = std::conditional_t<kCount == 8, Float8, Float4>;
+using Floats =
+    std::conditional_t<kCount == 8, Float8, std::conditional_t<kCount == 4, Float4, Float2>>;
+template <typename V>
+constexpr int kLanes = sizeof(V) / sizeof(double);
 
 template <typename A>
 struct Lanes;
@@ -62,16 +90,18 @@ LWKD_INLINE void write_bits(Vector v, To* p) {
 }
 
 // To an address of 16 bytes alignment, without the cache; before others may look, fence_past().
-LWKD_INLINE void write_past([[maybe_unused]] Float8 v, float* p) {
+LWKD_INLINE void write_past(Float4 v, float* p) {
 #if defined(__SSE2__)
-  Float4 half[2];
-  std::memcpy(half, &v, sizeof(v));
-  _mm_stream_ps(p, half[0]);
-  _mm_stream_ps(p + 4, half[1]);
+  _mm_stream_ps(p, v);
 #else
   write_bits(v, p);
 #endif
 }
+LWKD_INLINE void write_past(Float8 v, float* p) {
+  write_past(__builtin_shufflevector(v, v, 0, 1, 2, 3), p);
+  write_past(__builtin_shufflevector(v, v, 4, 5, 6, 7), p + 4);
+}
+LWKD_INLINE void write_past(Float2 v, float* p) { write_bits(v, p); }
 LWKD_INLINE void fence_past() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -144,17 +174,36 @@ LWKD_INLINE double total(Double4 v) {
   const Double2 two = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
   return two[0] + two[1];
 }
-LWKD_INLINE Double4 halves(Double8 v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+
+// 16 partial sums, of whatever width, by one tree: lanes q and q + 4, then these of both halves.
+LWKD_INLINE double total(const Double8* v) {
+  const Double8 one = v[0], other = v[1];
+  const auto halves = [](Double8 x) LWKD_LAMBDA {
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+  };
+  return total(halves(one) + halves(other));
+}
+LWKD_INLINE double total(const Double4* v) { return total((v[0] + v[1]) + (v[2] + v[3])); }
+LWKD_INLINE double total(const Double2* v) {
+  const Double2 low = (v[0] + v[2]) + (v[4] + v[6]), high = (v[1] + v[3]) + (v[5] + v[7]);
+  const Double2 two = low + high;
+  return two[0] + two[1];
 }
 
-// As double, one (V = double), four (Double4) or eight (Double8), whichever A is.
+// As doubles: one instruction, where __builtin_convertvector takes three.
+LWKD_INLINE Double2 doubles(Float2 x) { return Double2{x[0], x[1]}; }
+LWKD_INLINE Double4 doubles(Float4 x) { return Double4{x[0], x[1], x[2], x[3]}; }
+LWKD_INLINE Double8 doubles(Float8 x) {
+  return Double8{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};
+}
+
+// As double, one (V = double) or as many as V has, whichever A is.
 template <typename V, typename A>
 LWKD_INLINE V read(const A* m) {
   if constexpr (std::is_same_v<V, double>)
     return *m;
   else if constexpr (std::is_same_v<A, float>)
-    return __builtin_convertvector(read_bits<Floats<sizeof(V) / sizeof(double)>>(m), V);
+    return doubles(read_bits<Floats<kLanes<V>>>(m));
   else
     return read_bits<V>(m);
 }
@@ -164,7 +213,7 @@ LWKD_INLINE void write(V v, A* m) {
   if constexpr (std::is_same_v<V, double>)
     *m = static_cast<A>(v);
   else if constexpr (std::is_same_v<A, float>)
-    write_bits(__builtin_convertvector(v, Floats<sizeof(V) / sizeof(double)>), m);
+    write_bits(__builtin_convertvector(v, Floats<kLanes<V>>), m);
   else
     write_bits(v, m);
 }

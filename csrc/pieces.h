@@ -8,47 +8,49 @@ namespace lwkd {
 namespace {
 
 // Adds term(V(), q), kTerms numbers a position, over positions: 16 partial sums each, added in one
-// fixed order.
-template <int kTerms, typename A, typename Term>
+// fixed order, as many at once as Wide has lanes.
+template <int kTerms, typename Wide, typename A, typename Term>
 LWKD_INLINE void sum_piece(const A* s, const A* t, int64_t count, double* out, const Term& term) {
-  Double8 sum[kTerms][2] = {};
+  constexpr int kWide = kLanes<Wide>;
+  Wide sum[kTerms][16 / kWide] = {};
   int64_t q = 0;
   for (; q + 16 <= count; q += 16) {
     read_ahead<16>(s + q);
     read_ahead<16>(t + q);
-    for (int v = 0; v < 2; ++v) {
-      const auto terms = term(Double8{}, q + 8 * v);
+#pragma GCC unroll 8
+    for (int v = 0; v < 16 / kWide; ++v) {
+      const auto terms = term(Wide{}, q + kWide * v);
       for (int k = 0; k < kTerms; ++k) sum[k][v] += terms[k];
     }
   }
   for (int lane = 0; q < count; ++q, ++lane) {
     const auto terms = term(double(), q);
-    for (int k = 0; k < kTerms; ++k) sum[k][lane / 8][lane % 8] += terms[k];
+    for (int k = 0; k < kTerms; ++k) sum[k][lane / kWide][lane % kWide] += terms[k];
   }
-  for (int k = 0; k < kTerms; ++k) out[k] = total(halves(sum[k][0]) + halves(sum[k][1]));
+  for (int k = 0; k < kTerms; ++k) out[k] = total(sum[k]);
 }
 
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void sum_difference(const A* s, const A* t, int64_t count, double* out) {
-  sum_piece<1>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+  sum_piece<1, Wide>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     const V d = read<V>(s + q) - read<V>(t + q);
     return std::array<V, 1>{d * d};
   });
 }
 
-template <typename A>
+template <typename Wide, typename A>
 LWKD_INLINE void sum_products(const A* s, const A* t, int64_t count, double* out) {
-  sum_piece<3>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+  sum_piece<3, Wide>(s, t, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     const V a = read<V>(s + q), b = read<V>(t + q);
     return std::array<V, 3>{a * a, b * b, a * b};
   });
 }
 
-template <typename A>
-LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
-  sum_piece<1>(x, x, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
+template <typename Wide, typename A>
+LWKD_INLINE void sum_squares(const A* x, int64_t count, double* out) {
+  sum_piece<1, Wide>(x, x, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     const V a = read<V>(x + q);
     return std::array<V, 1>{a * a};
@@ -56,22 +58,24 @@ LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
 }
 
 // dx = own · x + other · y, in double: what is left of two nearly equal rows keeps its digits.
-template <bool kOther, bool kPast, typename A>
+template <bool kOther, bool kPast, typename Wide, typename A>
 LWKD_INLINE void combine(A* dx, const A* x, const A* y, int64_t count, double own, double other) {
   const auto at = [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     V d = own * read<V>(x + q);
     if (kOther) d += other * read<V>(y + q);
-    if constexpr (kPast && std::is_same_v<V, Double8>)
-      write_past(__builtin_convertvector(d, Float8), dx + q);
+    if constexpr (kPast && std::is_same_v<V, Wide>)
+      write_past(__builtin_convertvector(d, Floats<kLanes<V>>), dx + q);
     else
       write(d, dx + q);
   };
+  constexpr int kWide = kLanes<Wide>;
   int64_t q = 0;
   for (; q + 16 <= count; q += 16) {
     read_ahead<16>(x + q);
     if (kOther) read_ahead<16>(y + q);
-    for (int v = 0; v < 2; ++v) at(Double8{}, q + 8 * v);
+#pragma GCC unroll 8
+    for (int v = 0; v < 16 / kWide; ++v) at(Wide{}, q + kWide * v);
   }
   for (; q < count; ++q) at(double(), q);
 }
@@ -114,33 +118,26 @@ LWKD_INLINE void scatter_dense(const A* from, T* to, Runs runs) {
 // --- one ordinary function per type: clones need that
 // ----------------------------------------------
 
-#define LWKD_PIECES(A, name)                                                                       \
-  [[maybe_unused]] LWKD_CLONES void difference(const A* s, const A* t, int64_t count,              \
-                                               double* out) {                                      \
-    sum_difference(s, t, count, out);                                                              \
-  }                                                                                                \
-  [[maybe_unused]] LWKD_CLONES void products(const A* s, const A* t, int64_t count, double* out) { \
-    sum_products(s, t, count, out);                                                                \
-  }                                                                                                \
-  [[maybe_unused]] LWKD_CLONES void squares(const A* x, const A* none, int64_t count,              \
-                                            double* out) {                                         \
-    sum_squares(x, none, count, out);                                                              \
-  }                                                                                                \
-  [[maybe_unused]] LWKD_CLONES void mix(A* dx, const A* x, const A* y, int64_t count, double own,  \
-                                        double other) {                                            \
-    y == nullptr ? combine<false, false>(dx, x, x, count, own, other)                              \
-                 : combine<true, false>(dx, x, y, count, own, other);                              \
-  }
-LWKD_PIECES(float, float)
-LWKD_PIECES(double, double)
+#define LWKD_PIECES(A)                                                                  \
+  LWKD_WIDE_CLONES(void difference(const A* s, const A* t, int64_t count, double* out), \
+                   sum_difference<Wide>(s, t, count, out);)                             \
+  LWKD_WIDE_CLONES(void products(const A* s, const A* t, int64_t count, double* out),   \
+                   sum_products<Wide>(s, t, count, out);)                               \
+  LWKD_WIDE_CLONES(void squares(const A* x, const A*, int64_t count, double* out),      \
+                   sum_squares<Wide>(x, count, out);)                                   \
+  LWKD_WIDE_CLONES(                                                                     \
+      void mix(A* dx, const A* x, const A* y, int64_t count, double own, double other), \
+      y == nullptr ? combine<false, false, Wide>(dx, x, x, count, own, other)           \
+                   : combine<true, false, Wide>(dx, x, y, count, own, other);)
+LWKD_PIECES(float)
+LWKD_PIECES(double)
 
 // As mix, past the caches: what is written is not read into them first. dx: of 16 bytes alignment.
-[[maybe_unused]] LWKD_CLONES void mix_past(float* dx, const float* x, const float* y, int64_t count,
-                                           double own, double other) {
-  y == nullptr ? combine<false, true>(dx, x, x, count, own, other)
-               : combine<true, true>(dx, x, y, count, own, other);
-  fence_past();
-}
+LWKD_WIDE_CLONES(void mix_past(float* dx, const float* x, const float* y, int64_t count, double own,
+                               double other),
+                 y == nullptr ? combine<false, true, Wide>(dx, x, x, count, own, other)
+                              : combine<true, true, Wide>(dx, x, y, count, own, other);
+                 fence_past();)
 
 #define LWKD_MOVES(T, A)                                                        \
   [[maybe_unused]] LWKD_CLONES void bring(const T* from, Runs runs, A* to) {    \
