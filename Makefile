@@ -16,7 +16,9 @@ HAS_SETUPTOOLS := import setuptools as s; assert tuple(map(int, s.__version__.sp
 # setuptools >= 70.1 brings what it needs of packaging and wheel itself, and torch its packaging.
 BUILD := setuptools ninja pybind11
 RUN := pytest pytest_benchmark numpy
-EXTRA := hypothesis pytest_timeout sklearn matplotlib rich
+EXTRA := hypothesis pytest_timeout xdist sklearn matplotlib rich
+# A file a worker: what one builds for its tests is built once.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 LINT := ruff mypy clang_format pre_commit
 SOURCES := setup.py pyproject.toml lwkd/_version.py $(wildcard csrc/* csrc/cuda/*)
 
@@ -24,7 +26,7 @@ demo: $(VENV)/examples
 	$(PY) -m lwkd demo
 
 test: $(VENV)/examples
-	$(PY) -m pytest
+	$(PY) -m pytest $(WORKERS)
 	$(PY) -m pytest bench --benchmark-only --quick -q
 
 lint: $(VENV)/lint
@@ -43,7 +45,7 @@ bench: $(VENV)/built
 
 # The CPU kernels under AddressSanitizer and UBSan: every test that runs them, on a second build.
 sanitize: $(VENV)/examples
-	./tests/sanitize.sh $(PY)
+	./tests/sanitize.sh $(PY) $(WORKERS)
 
 clean:
 	rm -rf $(VENV) build dist out lwkd.egg-info lwkd/*.so
@@ -51,7 +53,7 @@ clean:
 # --- set-up ------------------------------------------------------------------------------------
 
 # `need` installs the modules that are not importable: $(call need,modules)
-MISSING = $$($(PY) -c 'import importlib.util as u, sys; n = {"sklearn": "scikit-learn"}; \
+MISSING = $$($(PY) -c 'import importlib.util as u, sys; n = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}; \
 	print(*(n.get(m, m.replace("_", "-")) for m in sys.argv[1:] if u.find_spec(m) is None))' $(1))
 need = missing="$(call MISSING,$(1))"; test -z "$$missing" || $(PIP) -c requirements-dev.txt $$missing
 

@@ -228,6 +228,21 @@ class JointCase:
 
 
 @dataclass(frozen=True)
+class ChannelCase:
+    """The weights of all channels of the last convolution of each stage of a ResNet-18."""
+
+    name: str
+    title: str
+    device: str
+    samples: int
+    width: int = 64
+    modes: tuple[str, ...] = (FORWARD,)
+
+    def quick(self) -> ChannelCase:
+        return replace(self, title=f"{self.title} (quick)", samples=2, width=8)
+
+
+@dataclass(frozen=True)
 class StepCase:
     """A whole distillation step: ResNet-50 teaches ResNet-18, with autocast to bfloat16."""
 
@@ -291,6 +306,7 @@ JOINT_CASES = tuple(
          ("joint-vit", "ViT d192 × 4, N=8"))
     )
 )  # fmt: skip
+CHANNEL_CASE = ChannelCase("channels", "Channel weights, ResNet-18, N=16, 32²", "cpu", 16)
 STEP_CASE = StepCase(
     "gpu-distillation", "Distillation step, ResNet-50 → ResNet-18, N=256, bf16", "cuda", 256, 224
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import (
+    CHANNEL_CASE,
     CPU_CASES,
     FACTORS_CASES,
     GPU_CASES,
@@ -47,12 +48,14 @@ HESSIAN_RIVALS = {
     "stored signs": ("stored signs",),
     "torch's signs": ("torch's signs", "PyHessian's way"),
 }
+CHANNEL_RIVALS = {"a pass a filter": ("a pass a filter",)}
+KINDS = (RIVALS, JACOBIAN_RIVALS, HESSIAN_RIVALS, CHANNEL_RIVALS)
 UNMEASURED, ABSENT = "unmeasured", "–"
 _JACOBIAN: tuple[Any, ...] = (*ROWS_CASES, *FACTORS_CASES, *METER_CASES)
 # Device -> the cases of every kind's table.
 CASES: dict[str, tuple[Sequence[Any], ...]] = {
     device: (own, *([case for case in kind if case.device == device]
-                    for kind in (_JACOBIAN, (*PROBE_CASES, *JOINT_CASES))))
+                    for kind in (_JACOBIAN, (*PROBE_CASES, *JOINT_CASES), (CHANNEL_CASE,))))
     for device, own in (("cpu", CPU_CASES), ("cuda", GPU_CASES))
 }  # fmt: skip
 # What every row says; a pass over a whole step has no gbps, but says so.
@@ -101,7 +104,7 @@ def _fastest(measured: Measured, case: str, mode: str, rivals: Iterable[str]) ->
 
 def best_rival(measured: Measured, case: str, mode: str) -> Row | None:
     """The fastest of the rivals in the same run, if there were any."""
-    columns = (*RIVALS.values(), *JACOBIAN_RIVALS.values(), *HESSIAN_RIVALS.values())
+    columns = [rivals for kind in KINDS for rivals in kind.values()]
     everyone = dict.fromkeys(rival for rivals in columns for rival in rivals)
     return _fastest(measured, case, mode, everyone)
 
@@ -182,10 +185,11 @@ def _heading(machine: Machine, measured: Measured) -> str:
 
 
 def _section(title: str, measured: Measured, tables: Sequence[Sequence[Any]]) -> list[str]:
-    """The tables of one machine: attention, Jacobians, Hessians."""
+    """The tables of one machine: attention, Jacobians, Hessians, channel weights."""
     out = [title, ""]
-    kinds = (RIVALS, JACOBIAN_RIVALS, HESSIAN_RIVALS)
-    for cases, columns in zip(tables, kinds, strict=True):
+    for cases, columns in zip(tables, KINDS, strict=True):
+        if not cases:
+            continue
         summary = _summary(_wins(measured, cases))
         head = ["Case", "Pass", "as fast as the best rival", "lwkd", "lwkd / floor"]
         head += [f"{column} / floor" for column in columns] + ["GB/s", "samples/s"]
@@ -203,8 +207,8 @@ def render(machines: dict[Machine, Measured]) -> str:
         "student layer. A time over the floor's: the floor reads every input once (f) and reads "
         "the student's again and writes as much (f+b); of factors it is the library's products of "
         "the contraction with the fewest operations, of a meter a forward and a backward of both "
-        "networks, of joint probes the Hessian-vector products alone. Medians of ratios within a "
-        "round.",
+        "networks, of joint probes the Hessian-vector products alone, of channel weights what is "
+        "above the layers. Medians of ratios within a round.",
         "",
     ]
     for device, label in (("cpu", "CPU"), ("cuda", "GPU")):

@@ -56,25 +56,26 @@ LWKD_INLINE void add_halves(const A* first, const A* second, const A* g, int64_t
   });
 }
 
-#define LWKD_TILES(A)                                                                            \
-  LWKD_WIDE_CLONES(void own(const A* const* p, const A* const* q, int64_t count, double* out),   \
-                   add_own<Wide>(p, q, count, out);)                                             \
-  LWKD_WIDE_CLONES(void cross(const A* const* p, const A* const* q, int64_t count, double* out), \
-                   add_cross<Wide>(p, q, count, out);)                                           \
-  LWKD_WIDE_CLONES(void inner(const A* p, const A* q, int64_t count, double* out),               \
-                   add_inner<Wide>(p, q, count, out);)                                           \
-  LWKD_WIDE_CLONES(                                                                              \
-      void two_halves(const A* first, const A* second, const A* g, int64_t count, double* out),  \
-      add_halves<Wide>(first, second, g, count, out);)                                           \
-  LWKD_CLONES void add_product(const A* x, const A* y, int64_t y_stride, int64_t count,          \
-                               double* to) {                                                     \
-    if (y_stride == 1)                                                                           \
-      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i]);                  \
-    else                                                                                         \
-      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i * y_stride]);       \
-  }                                                                                              \
-  LWKD_CLONES void add_to(const A* x, int64_t count, double* to) {                               \
-    for (int64_t i = 0; i < count; ++i) to[i] += x[i];                                           \
+#define LWKD_TILES(A)                                                                              \
+  LWKD_WIDE_CLONES(void, own, (const A* const* p, const A* const* q, int64_t count, double* out),  \
+                   (p, q, count, out), add_own<Wide>(p, q, count, out);)                           \
+  LWKD_WIDE_CLONES(void, cross,                                                                    \
+                   (const A* const* p, const A* const* q, int64_t count, double* out),             \
+                   (p, q, count, out), add_cross<Wide>(p, q, count, out);)                         \
+  LWKD_WIDE_CLONES(void, inner, (const A* p, const A* q, int64_t count, double* out),              \
+                   (p, q, count, out), add_inner<Wide>(p, q, count, out);)                         \
+  LWKD_WIDE_CLONES(                                                                                \
+      void, two_halves, (const A* first, const A* second, const A* g, int64_t count, double* out), \
+      (first, second, g, count, out), add_halves<Wide>(first, second, g, count, out);)             \
+  LWKD_CLONES void add_product(const A* x, const A* y, int64_t y_stride, int64_t count,            \
+                               double* to) {                                                       \
+    if (y_stride == 1)                                                                             \
+      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i]);                    \
+    else                                                                                           \
+      for (int64_t i = 0; i < count; ++i) to[i] += double(x[i]) * double(y[i * y_stride]);         \
+  }                                                                                                \
+  LWKD_CLONES void add_to(const A* x, int64_t count, double* to) {                                 \
+    for (int64_t i = 0; i < count; ++i) to[i] += x[i];                                             \
   }
 LWKD_TILES(float)
 LWKD_TILES(double)

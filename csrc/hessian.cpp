@@ -123,11 +123,11 @@ LWKD_INLINE void write_signs(const uint32_t* words, int64_t count, double* to) {
 }
 
 // One ordinary function per type: clones need that.
-#define LWKD_SIGNED(A)                                                                  \
-  LWKD_WIDE_CLONES(double signed_sum(const A* x, const uint32_t* words, int64_t count), \
-                   return sum_signed<Wide>(x, words, count);)                           \
-  LWKD_CLONES void signs(const uint32_t* words, int64_t count, A* to) {                 \
-    write_signs(words, count, to);                                                      \
+#define LWKD_SIGNED(A)                                                                     \
+  LWKD_WIDE_CLONES(double, signed_sum, (const A* x, const uint32_t* words, int64_t count), \
+                   (x, words, count), return sum_signed<Wide>(x, words, count);)           \
+  LWKD_CLONES void signs(const uint32_t* words, int64_t count, A* to) {                    \
+    write_signs(words, count, to);                                                         \
   }
 LWKD_SIGNED(float)
 LWKD_SIGNED(double)

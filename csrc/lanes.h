@@ -20,29 +20,47 @@ using Double4 = double __attribute__((vector_size(32)));
 using Double8 = double __attribute__((vector_size(64)));
 using Long4 = uint64_t __attribute__((vector_size(32)));
 
-// A function in one version an instruction set, like LWKD_CLONES, whose body sees as Wide the
-// doubles of one register: sums of wider vectors would live in memory.
+// The widest instruction set of this processor: 4 and 3 as in x86-64-v4 and -v3, else 0.
+[[maybe_unused]] inline int level() {
 #if defined(__x86_64__) && !defined(LWKD_SANITIZE)
-#define LWKD_WIDE_CLONES(head, ...)                                 \
-  __attribute__((target("arch=x86-64-v4"))) [[maybe_unused]] head { \
-    using Wide = Double8;                                           \
-    __VA_ARGS__                                                     \
-  }                                                                 \
-  __attribute__((target("arch=x86-64-v3"))) [[maybe_unused]] head { \
-    using Wide = Double4;                                           \
-    __VA_ARGS__                                                     \
-  }                                                                 \
-  __attribute__((target("default"))) [[maybe_unused]] head {        \
-    using Wide = Double2;                                           \
-    __VA_ARGS__                                                     \
+  static const int found = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
+  }();
+  return found;
+#else
+  return 0;
+#endif
+}
+
+// A function in one version an instruction set, whose body sees as Wide the doubles of one
+// register: sums of wider vectors would live in memory. Not by LWKD_CLONES, which has one body for
+// all.
+// clang-format off
+#define LWKD_WIDE(Vector, type, name, parameters, ...) \
+  [[maybe_unused]] type name parameters {              \
+    using Wide = Vector;                               \
+    __VA_ARGS__                                        \
+  }
+#if defined(__x86_64__) && !defined(LWKD_SANITIZE)
+#define LWKD_WIDE_CLONES(type, name, parameters, arguments, ...)                        \
+  __attribute__((target("arch=x86-64-v4")))                                             \
+  LWKD_WIDE(Double8, type, name##_v4, parameters, __VA_ARGS__)                          \
+  __attribute__((target("arch=x86-64-v3")))                                             \
+  LWKD_WIDE(Double4, type, name##_v3, parameters, __VA_ARGS__)                          \
+  LWKD_WIDE(Double2, type, name##_v2, parameters, __VA_ARGS__)                          \
+  [[maybe_unused]] inline type name parameters {                                        \
+    switch (level()) {                                                                  \
+      case 4: return name##_v4 arguments;                                               \
+      case 3: return name##_v3 arguments;                                               \
+      default: return name##_v2 arguments;                                              \
+    }                                                                                   \
   }
 #else
-#define LWKD_WIDE_CLONES(head, ...) \
-  [[maybe_unused]] head {           \
-    using Wide = Double4;           \
-    __VA_ARGS__                     \
-  }
+#define LWKD_WIDE_CLONES(type, name, parameters, arguments, ...) \
+  LWKD_WIDE(Double4, type, name, parameters, __VA_ARGS__)
 #endif
+// clang-format on
 
 template <int kCount>
 using Floats =

@@ -49,7 +49,7 @@ LWKD_INLINE void sum_products(const A* s, const A* t, int64_t count, double* out
 }
 
 template <typename Wide, typename A>
-LWKD_INLINE void sum_squares(const A* x, int64_t count, double* out) {
+LWKD_INLINE void sum_squares(const A* x, const A*, int64_t count, double* out) {
   sum_piece<1, Wide>(x, x, count, out, [&](auto v, int64_t q) LWKD_LAMBDA {
     using V = decltype(v);
     const V a = read<V>(x + q);
@@ -118,23 +118,26 @@ LWKD_INLINE void scatter_dense(const A* from, T* to, Runs runs) {
 // --- one ordinary function per type: clones need that
 // ----------------------------------------------
 
-#define LWKD_PIECES(A)                                                                  \
-  LWKD_WIDE_CLONES(void difference(const A* s, const A* t, int64_t count, double* out), \
-                   sum_difference<Wide>(s, t, count, out);)                             \
-  LWKD_WIDE_CLONES(void products(const A* s, const A* t, int64_t count, double* out),   \
-                   sum_products<Wide>(s, t, count, out);)                               \
-  LWKD_WIDE_CLONES(void squares(const A* x, const A*, int64_t count, double* out),      \
-                   sum_squares<Wide>(x, count, out);)                                   \
-  LWKD_WIDE_CLONES(                                                                     \
-      void mix(A* dx, const A* x, const A* y, int64_t count, double own, double other), \
-      y == nullptr ? combine<false, false, Wide>(dx, x, x, count, own, other)           \
-                   : combine<true, false, Wide>(dx, x, y, count, own, other);)
+#define LWKD_PIECES(A)                                                                        \
+  LWKD_WIDE_CLONES(void, difference, (const A* s, const A* t, int64_t count, double* out),    \
+                   (s, t, count, out), sum_difference<Wide>(s, t, count, out);)               \
+  LWKD_WIDE_CLONES(void, products, (const A* s, const A* t, int64_t count, double* out),      \
+                   (s, t, count, out), sum_products<Wide>(s, t, count, out);)                 \
+  LWKD_WIDE_CLONES(void, squares, (const A* x, const A* none, int64_t count, double* out),    \
+                   (x, none, count, out), sum_squares<Wide>(x, none, count, out);)            \
+  LWKD_WIDE_CLONES(void, mix,                                                                 \
+                   (A * dx, const A* x, const A* y, int64_t count, double own, double other), \
+                   (dx, x, y, count, own, other),                                             \
+                   y == nullptr ? combine<false, false, Wide>(dx, x, x, count, own, other)    \
+                                : combine<true, false, Wide>(dx, x, y, count, own, other);)
 LWKD_PIECES(float)
 LWKD_PIECES(double)
 
 // As mix, past the caches: what is written is not read into them first. dx: of 16 bytes alignment.
-LWKD_WIDE_CLONES(void mix_past(float* dx, const float* x, const float* y, int64_t count, double own,
-                               double other),
+LWKD_WIDE_CLONES(void, mix_past,
+                 (float* dx, const float* x, const float* y, int64_t count, double own,
+                  double other),
+                 (dx, x, y, count, own, other),
                  y == nullptr ? combine<false, true, Wide>(dx, x, x, count, own, other)
                               : combine<true, true, Wide>(dx, x, y, count, own, other);
                  fence_past();)

@@ -23,6 +23,12 @@ else:
     settings.register_profile("release", max_examples=10_000, **_quiet)
     settings.load_profile(os.environ.get("LWKD_HYPOTHESIS", "change"))
 
+# Workers that run side by side share the cores: more threads than these wait for each other. What
+# a test starts sees it too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 REQUIRE_GPU = os.environ.get("LWKD_REQUIRE_GPU") == "1"
 KILLS = int(os.environ.get("LWKD_KILLS", "6"))
 

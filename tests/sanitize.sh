@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs the tests that exercise lwkd._C on a build of it with AddressSanitizer and UBSan, in a
 # scratch copy.
-# usage: tests/sanitize.sh PYTHON
+# usage: tests/sanitize.sh PYTHON [OPTION OF PYTEST...]
 set -euo pipefail
 python=$(realpath -s "$1")
+shift
 root=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -28,6 +29,6 @@ assert lwkd.__file__.startswith("'"$scratch"'"), lwkd.__file__'
 # AddressSanitizer keeps what is freed in a quarantine, to catch a use of it: resident memory grows
 # by that, and the test that it does not grow is left to the ordinary build.
 growth='tests/ops/test_dispatch.py::test_ten_thousand_calls_leave_nothing_behind[compiled]'
-run -m pytest -p no:cacheprovider -m "not slow and not gpu" --deselect "$growth" \
+run -m pytest "$@" -p no:cacheprovider -m "not slow and not gpu" --deselect "$growth" \
     tests/ops tests/test_csrc.py tests/meters tests/losses tests/test_schedule.py \
     tests/test_resume.py tests/test_hooks.py tests/cli/test_doctor.py

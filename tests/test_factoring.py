@@ -335,7 +335,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch(x).flatten(2).mT
-        x = self.first(x, src_mask=torch.ones(x.shape[1], x.shape[1], device=x.device).triu(1))
+        # Of x's dtype: torch's fused attention reads a mask of another one as if it were of that.
+        x = self.first(x, src_mask=x.new_ones(x.shape[1], x.shape[1]).triu(1))
         x = x.transpose(0, 1)
         x = x + self.mix(x[:4], key=x, value=x, need_weights=False)[0].mean(0)
         return self.head(x.mean(0))
