@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from tests.cases import Target
 
 TILE = 4096
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +103,71 @@ def test_the_plan_beyond_32_bits(library) -> None:
 def test_the_plan_wants_triples(library) -> None:
     with pytest.raises(TypeError):
         library.plan([(1, 2)])
+
+
+# --- one result on every instruction set ---------------------------------------------------------
+
+SUMS = r"""
+#include <cstdio>
+#include <random>
+#include "pieces.h"
+using namespace lwkd;
+
+// Bits of all sums and mixes of `count` numbers, by one of the versions.
+#define LWKD_ALL(version)                                                              \
+  template <typename A>                                                                \
+  std::vector<double> all##version(const A* s, const A* t, int64_t count) {            \
+    std::vector<double> out(8);                                                        \
+    difference##version(s, t, count, out.data());                                      \
+    products##version(s, t, count, out.data() + 1);                                    \
+    squares##version(s, nullptr, count, out.data() + 4);                               \
+    for (const A* other : {t, static_cast<const A*>(nullptr)}) {                       \
+      std::vector<A> mixed(count);                                                     \
+      mix##version(mixed.data(), s, other, count, 1.1, -0.9);                          \
+      out.insert(out.end(), mixed.begin(), mixed.end());                               \
+    }                                                                                  \
+    return out;                                                                        \
+  }
+LWKD_ALL(_v2) LWKD_ALL(_v3) LWKD_ALL(_v4) LWKD_ALL()
+
+template <typename A>
+int differences() {
+  std::mt19937 random(1);
+  std::normal_distribution<double> normal;
+  std::vector<A> s(70), t(70);
+  for (auto* x : {&s, &t})
+    for (A& value : *x) value = static_cast<A>(normal(random));
+  int found = 0;
+  for (int64_t count = 0; count <= 70; ++count) {
+    const auto want = all_v2(s.data(), t.data(), count);
+    const auto same = [&](const std::vector<double>& got) {
+      return std::memcmp(got.data(), want.data(), want.size() * sizeof(double)) == 0;
+    };
+    found += !same(all(s.data(), t.data(), count));
+    if (__builtin_cpu_supports("x86-64-v3")) found += !same(all_v3(s.data(), t.data(), count));
+    if (__builtin_cpu_supports("x86-64-v4")) found += !same(all_v4(s.data(), t.data(), count));
+  }
+  return found;
+}
+
+int main() {
+  std::printf("%d differences\n", differences<float>() + differences<double>());
+  return level() < 3;  // nothing to compare
+}
+"""
+
+
+def test_sums_are_the_same_bits_on_every_instruction_set(tmp_path: Path) -> None:
+    """Vectors of two, four and eight doubles: one order of sums."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("one version only")
+    (tmp_path / "sums.cpp").write_text(SUMS)
+    command = ["g++", "-std=c++20", "-O2", "-Wno-psabi", "-ffp-contract=off", "-fno-math-errno"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    command += ["sums.cpp", "-o", "sums", "-Wl,--unresolved-symbols=ignore-all"]  # no op is called
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run(["./sums"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "0 differences\n"
+    if done.returncode:
+        pytest.skip("a processor without AVX2")
