@@ -28,7 +28,7 @@ assert i["sanitize"] == "address,undefined", i
 assert lwkd.__file__.startswith("'"$scratch"'"), lwkd.__file__'
 # AddressSanitizer keeps what is freed in a quarantine, to catch a use of it: resident memory grows
 # by that, and the test that it does not grow is left to the ordinary build.
-growth='tests/ops/test_dispatch.py::test_ten_thousand_calls_leave_nothing_behind[compiled]'
+growth=tests/ops/test_dispatch.py::test_ten_thousand_calls_leave_nothing_behind
 run -m pytest "$@" -p no:cacheprovider -m "not slow and not gpu" --deselect "$growth" \
     tests/ops tests/test_csrc.py tests/meters tests/losses tests/test_schedule.py \
     tests/test_resume.py tests/test_hooks.py tests/cli/test_doctor.py
