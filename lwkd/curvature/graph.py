@@ -73,6 +73,7 @@ class Graph:
             stack.enter_context(self._counting())
             if set(ways) != {"gauss_newton"}:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others have no second one
+            if not {*ways} <= {"gauss_newton", "hutchinson"}:  # for probes that leave much out
                 stack.enter_context(Convolutions(self._wanted))
             stack.enter_context(self._calls)
             output = first_tensor(run(op, network, batch[0], "model", "batch"))
