@@ -8,8 +8,8 @@ Of Jacobians, rows f+b and the small ViT; of Hessians, joint probes.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -125,5 +125,7 @@ def probes() -> None:
 WHAT = {"jacobian": (rows, meter), "hessian": (probes,)}
 
 if __name__ == "__main__":
-    for part in WHAT[sys.argv[1]]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=WHAT)
+    for part in WHAT[parser.parse_args().kind]:
         part()
