@@ -106,8 +106,9 @@ def trace_by_layer(rows: Sequence[Row], *, title: str = "") -> Figure:
 
     Args:
         rows: Dicts with the keys "network", "layer", "trace" and "stderr", in the order of the
-            layers. Bars are two standard errors to either side; layers whose trace is not positive
-            are drawn below zero where any is (then the scale is linear, else logarithmic).
+            layers. Bars are two standard errors to either side, points without one hollow; layers
+            whose trace is not positive are drawn below zero where any is (then the scale is linear,
+            else logarithmic); those that are not finite are named below the title.
         title: One line that says what is seen.
 
     Returns:
@@ -128,22 +129,32 @@ def trace_by_layer(rows: Sequence[Row], *, title: str = "") -> Figure:
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     figure = _new_figure(width=max(6.0, 0.55 * len(layers) * max(len(networks), 2)), height=4.4)
     axes = figure.subplots()
+    notes = {"bars: two standard errors to either side": None}
     wide = 0.6 / len(networks)
     for k, (network, colour) in enumerate(zip(networks, _colours(len(networks)), strict=True)):
         own = [row for row in rows if row["network"] == network and math.isfinite(row["trace"])]
         places = [layers.index(row["layer"]) + wide * (k - (len(networks) - 1) / 2) for row in own]
-        errors = [2 * row["stderr"] if math.isfinite(row["stderr"]) else 0.0 for row in own]
-        axes.errorbar(
-            places, [row["trace"] for row in own], errors, fmt="o", color=colour, markersize=7,
-            capsize=4, elinewidth=1.6, label=network,
-        )  # fmt: skip
-    if all(row["trace"] > 0 for row in rows):
+        for sure in (True, False):
+            some = [(x, row["trace"], 2 * row["stderr"]) for x, row in zip(places, own, strict=True)
+                    if math.isfinite(row["stderr"]) == sure]  # fmt: skip
+            if not sure:
+                if not some:
+                    continue
+                notes["hollow: one probe"] = None
+            x, y, error = zip(*some, strict=True) if some else ((), (), ())
+            axes.errorbar(
+                x, y, error if sure else None, fmt="o", color=colour, markersize=7, capsize=4,
+                elinewidth=1.6, mfc=colour if sure else "white", label=network if sure else None,
+            )  # fmt: skip
+    lost = [row["layer"] for row in rows if not math.isfinite(row["trace"])]
+    if lost:
+        notes[f"not finite: {', '.join(dict.fromkeys(lost))}"] = None
+    if all(row["trace"] > 0 for row in rows if math.isfinite(row["trace"])):
         axes.set_yscale("log")
         _plain_ticks(axes)
     else:
         axes.axhline(0.0, color=_FAINT, linewidth=1)
-    note = "bars: two standard errors to either side"
-    _dress(axes, "tr H of every layer", note, "")
+    _dress(axes, "tr H of every layer", "; ".join(notes), "")
     axes.set_xticks(range(len(layers)), layers)
     if len(layers) > _LABELS:
         axes.tick_params(axis="x", labelrotation=90)

@@ -87,6 +87,11 @@ def test_traces_below_zero_take_a_linear_scale() -> None:
     rows[0]["stderr"] = rows[1]["trace"] = math.nan
     (axes,) = plotting.trace_by_layer(rows).axes
     assert axes.get_yscale() == "linear"
+    texts = " ".join(text.get_text() for text in (*axes.texts, axes.title, axes._left_title))
+    assert "hollow: one probe" in texts
+    assert "not finite: layer1" in texts
+    hollow = [c[0] for c in axes.containers if c[0].get_markerfacecolor() == "white"]
+    assert [list(points.get_ydata()) for points in hollow] == [[-1.0]]
     with pytest.raises(ValueError, match=r"plotting\.trace_by_layer: rows: expected at least one"):
         plotting.trace_by_layer([])
     with pytest.raises(ValueError, match="the key 'stderr' in every row"):

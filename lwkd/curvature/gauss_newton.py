@@ -1,11 +1,14 @@
 """The loss's Hessian by the outputs, sample by sample, as random vectors or as columns.
 
-    cross-entropy          s²(diag p − ppᵀ)       v = s(onehot(ŷ) − p), ŷ ~ p
+    cross-entropy          s²(diag p − ppᵀ)       v = s(√p·z − p⟨√p, z⟩), z signs
                                                   columns s√p_c (onehot(c) − p)
     elementwise losses     diag h                 v = √h · signs, columns √h_j e_j
 
-E[vvᵀ] is that Hessian, and so is the sum over columns. s² is the weight that the loss gives a
-position by its true target (0 for ignored ones), over what the loss divides by.
+E[vvᵀ] is that Hessian, and so is the sum over columns. Of cross-entropy v is the columns added up
+with random signs. A class drawn from p would have the same mean, s(onehot(ŷ) − p), ŷ ~ p; but where
+a network is sure of its classes almost every such v is nothing, and a rare one is all. s² is the
+weight that the loss gives a position by its true target (0 for ignored ones), over what the loss
+divides by.
 Sources: Schraudolph 2002; Martens 2020; Dangel, Kunstner & Hennig 2020 (BackPACK).
 """
 
@@ -82,14 +85,38 @@ def output_hessian(op: str, loss_fn: Any, output: Tensor, target: Any) -> Output
     with torch.no_grad():
         if function is F.cross_entropy:
             return _cross_entropy(output.detach(), target, **options)
+        if target.shape != output.shape:
+            got = list(target.shape)
+            raise ValueError(message(op, "target", f"{list(output.shape)}, as the output's", got))
         h = _CURVATURES[function](output.detach().double(), target, **options)
     return _elementwise(output, h)
 
 
-def check_target(op: str, loss_fn: Any, output: Tensor, target: Any) -> None:
-    """Raise where a cross-entropy would read beyond its classes: on a GPU nothing works after."""
+def share(loss_fn: Any, output: Tensor | None, target: Any, samples: int) -> float:
+    """How much a batch's loss counts in that of all batches: what it is divided by; 0 where summed.
+
+    Of cross-entropy the weights of the targets that count, else the samples.
+    """
     function, options = known_loss(loss_fn) or (None, {})
-    if function is not F.cross_entropy or not isinstance(target, Tensor):
+    if options.get("reduction", "mean") == "sum":
+        return 0.0
+    if function is not F.cross_entropy or output is None or target.is_floating_point():
+        return float(samples)
+    counts = target[target != options.get("ignore_index", -100)]
+    weight = options.get("weight")
+    return float(counts.numel() if weight is None else weight[counts].sum())
+
+
+def check_target(op: str, loss_fn: Any, output: Tensor, target: Any) -> None:
+    """Raise where a loss would read what it must not: on a GPU nothing works after."""
+    function, options = known_loss(loss_fn) or (None, {})
+    if function is None or not isinstance(target, Tensor):
+        return
+    shares = function is F.binary_cross_entropy
+    if shares and not bool(((target >= 0) & (target <= 1)).all()):
+        got = f"{float(target.min()):.6g} to {float(target.max()):.6g}"
+        raise ValueError(message(op, "target", "probabilities in [0, 1]", got))
+    if function is not F.cross_entropy:
         return
     classes, ignored = output.shape[min(output.dim() - 1, 1)], options.get("ignore_index", -100)
     if target.is_floating_point() or target.numel() == 0:
@@ -135,9 +162,8 @@ def _cross_entropy(
         return v.reshape(p.shape).movedim(-1, dim).to(output.dtype)
 
     def vectors(seed: int, probe: int) -> Tensor:
-        u = uniform(n, rows.shape[1], seed, probe, rows.device)
-        drawn = (rows.cumsum(-1) < u[..., None]).sum(-1).clamp(max=classes - 1)
-        return shaped(s.reshape(n, -1, 1) * (F.one_hot(drawn, classes) - rows))
+        z = rows.sqrt() * philox.signs(rows, seed, philox.OUTPUTS, probe)
+        return shaped(s.reshape(n, -1, 1) * (z - rows * z.sum(-1, keepdim=True)))
 
     def columns() -> Iterator[Tensor]:
         for t in range(rows.shape[1]):  # positions of one sample share its gradient
@@ -149,16 +175,6 @@ def _cross_entropy(
                 yield shaped(v)
 
     return OutputHessian(vectors, columns)
-
-
-def uniform(n: int, positions: int, seed: int, probe: int, device: torch.device) -> Tensor:
-    """Float64 [n, positions] in [0, 1): 53 bits of Philox counter (n, position, 2³²−1, probe)."""
-    rows = torch.arange(n, dtype=torch.int64, device=device)[:, None].expand(n, positions)
-    columns = torch.arange(positions, dtype=torch.int64, device=device).expand(n, positions)
-    rest = [torch.full_like(rows, v) for v in (philox.OUTPUTS, probe)]
-    key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    words = philox.words(key, [rows, columns, *rest])
-    return (words[..., 0] * 2**21 + (words[..., 1] >> 11)).double() * 2.0**-53
 
 
 # --- losses of one element at a time -------------------------------------------------------------

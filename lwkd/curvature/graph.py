@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwkd.curvature.convolution import Convolutions
-from lwkd.curvature.gauss_newton import OutputHessian, check_target, output_hessian
+from lwkd.curvature.gauss_newton import (
+    OutputHessian,
+    check_target,
+    known_loss,
+    output_hessian,
+    share,
+)
 from lwkd.curvature.nodes import nodes
 from lwkd.curvature.targets import Target, every_parameter
 from lwkd.factoring import Calls, by_parameter
@@ -68,7 +74,7 @@ class Graph:
             for owner in t.owners if way in ("auto", *FACTORED) else ():
                 self._places[-1].append(len(watched))
                 watched.append(owner)
-        self._calls = Calls(op, "model", watched)
+        self._calls = Calls(op, "model", watched, lenient="auto" in ways)
         with ExitStack() as stack:
             stack.enter_context(self._counting())
             if set(ways) != {"gauss_newton"}:
@@ -76,20 +82,30 @@ class Graph:
             if not {*ways} <= {"gauss_newton", "hutchinson"}:  # for probes that leave much out
                 stack.enter_context(Convolutions(self._wanted))
             stack.enter_context(self._calls)
-            output = first_tensor(run(op, network, batch[0], "model", "batch"))
-            if output is None or not output.is_floating_point():
-                got = "none" if output is None else output.dtype
-                raise ValueError(
-                    message(op, "model", "a network that puts out a floating tensor", got)
-                )
-            self.output = output
+            whole = run(op, network, batch[0], "model", "batch")
+            self._output = first_tensor(whole)
             if isinstance(self._target, Tensor):
-                self._target = self._target.to(output.device)
-            check_target(op, loss_fn, output, self._target)
-            self.loss = self._checked(loss_fn(output, self._target))
+                self._target = self._target.to(targets[0].parameters[0].device)
+            if known_loss(loss_fn) is not None:  # these take one tensor
+                whole = self.output
+                check_target(op, loss_fn, whole, self._target)
+            self.loss = self._checked(loss_fn(whole, self._target))
+        # Its backward pass runs another one, which no derivative comes through.
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes(self.loss)):
+            self._refuse("a reentrant checkpoint; torch.utils.checkpoint has use_reentrant=False")
         self._grads: dict[bool, dict[int, Tensor | None]] = {}
         self._hessian: OutputHessian | None = None
-        self._tried: tuple[tuple[int, int] | None, dict[int, Tensor]] = None, {}
+        self.first_sample: tuple[tuple[int, int] | None, dict[int, Tensor]] = None, {}
+        """(seed, probe), and what the test of the factors has found for it: [N] of layers."""
+
+    @property
+    def output(self) -> Tensor:
+        """What the network puts out, or the first of it."""
+        if self._output is None or not self._output.is_floating_point():
+            expected = "a network that puts out a floating tensor, or one first"
+            got = "none" if self._output is None else self._output.dtype
+            raise ValueError(message(self._op, "model", expected, got))
+        return self._output
 
     def _counting(self) -> AbstractContextManager[Any]:
         """Count what a graph keeps while it is built."""
@@ -132,14 +148,21 @@ class Graph:
     def gradients(self, scalar: Tensor, wrt: Any, weights: Any = None) -> Sequence[Tensor | None]:
         """First derivatives that can be differentiated again, and not as 0 by mistake."""
         self._about(wrt)
+        # Every derivative is linear in what the backward pass starts from. One that has no graph
+        # to it was not made by operations that can be differentiated, constant or not.
+        start = (torch.ones_like(scalar) if weights is None else weights).detach().requires_grad_()
         grads: Sequence[Tensor | None] = self._twice(
-            lambda: torch.autograd.grad(scalar, wrt, weights, create_graph=True, allow_unused=True)
+            lambda: torch.autograd.grad(scalar, wrt, start, create_graph=True, allow_unused=True)
         )
+        there = [g for g in grads if g is not None]
+        if any(g.is_sparse for g in there):
+            self._refuse("a sparse gradient (an embedding with sparse=True)")
+        if any(not g.requires_grad and bool(g.any()) for g in there):
+            self._refuse("a torch.autograd.Function whose backward autograd does not record")
         # Where a function's own backward is once_differentiable, autograd leaves an error that no
         # second backward pass would run into: what lies before it would count as constant.
-        for node in nodes(*(g for g in grads if g is not None)):
-            if node.name() == "torch::autograd::Error":
-                self._refuse("a torch.autograd.Function whose backward is once_differentiable")
+        if any(node.name() == "torch::autograd::Error" for node in nodes(*there)):
+            self._refuse("a torch.autograd.Function whose backward is once_differentiable")
         return grads
 
     def again(self, grads: Any, wrt: Sequence[Tensor], weights: Any, *, many: bool = False) -> Any:
@@ -170,6 +193,12 @@ class Graph:
         expected = "operations that can be differentiated twice (estimator='gauss_newton' asks for "
         text = message(self._op, "model", f"{expected}one derivative only)", got)
         raise RuntimeError(text) from error
+
+    def error(self, layer: int, got: str) -> ValueError:
+        """That a layer has no factors."""
+        expected = "a layer whose factors make its gradient (estimator='block' needs none)"
+        name = self.targets[layer].name
+        return ValueError(message(self._op, "model", expected, got, layer=name))
 
     # --- second backward passes ------------------------------------------------------------------
 
@@ -215,6 +244,20 @@ class Graph:
 
     # --- the Gauss–Newton trace ------------------------------------------------------------------
 
+    def share(self, samples: int) -> float:
+        """How much the batch counts among several, as its loss has it; 0: they are added up."""
+        return share(self._loss_fn, self._output, self._target, samples)
+
+    def without_hessian(self) -> str:
+        """Why the loss's Hessian by the outputs is not known, or nothing."""
+        if known_loss(self._loss_fn) is None:
+            return "the loss is none whose Hessian by the outputs is known"
+        try:
+            self.curvature()
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def curvature(self) -> OutputHessian:
         """The loss's Hessian by the outputs."""
         if self._hessian is None:
@@ -222,7 +265,7 @@ class Graph:
         return self._hessian
 
     def squares(self, chosen: Sequence[int], v: Tensor) -> Tensor:
-        """Σ_n ‖G_n‖² [len(chosen)] of ⟨v, f⟩, of the layers with these numbers."""
+        """‖G_n‖² [len(chosen), N] of ⟨v, f⟩, of the layers with these numbers."""
         places = [place for layer in chosen for place in self._places[layer]]
         edges = [self._calls.edges(place) for place in places]
         flat = [edge for own in edges for edge in own]
@@ -239,31 +282,26 @@ class Graph:
         for layer in chosen:
             own = [found[place] for place in self._places[layer]]
             items.append(tuple(by_parameter(self.targets[layer].owners, own).values()))
-        return squares(self._op, items).double().sum(1)
+        return squares(self._op, items).double()
+
+    def norms(self, chosen: Sequence[int], v: Tensor) -> Tensor:
+        """‖∂⟨v, f⟩/∂θ_l‖² [len(chosen)] of the layers with these numbers, without factors."""
+        parameters, indices = every_parameter([self.targets[layer] for layer in chosen])
+        self._about(parameters)
+        grads = torch.autograd.grad(
+            self.output, parameters, v, retain_graph=True, allow_unused=True
+        )
+        zero = self.loss.new_zeros((), dtype=torch.float64)
+        own = {i: zero if g is None else g.to_dense().double().square().sum()
+               for i, g in zip(indices, grads, strict=True)}  # fmt: skip
+        every = [[own[i] for i in self.targets[layer].indices] for layer in chosen]
+        return torch.stack([torch.stack(parts).sum() for parts in every])
 
     def gauss_newton(self, chosen: Sequence[int], seed: int, probe: int) -> Tensor:
         """A sample [len(chosen)] of the Gauss–Newton trace, of the layers with these numbers."""
-        if self._tried[0] == (seed, probe):
-            return torch.stack([self._tried[1][layer] for layer in chosen])
-        return self.squares(chosen, self.curvature().vectors(seed, probe))
-
-    def try_gauss_newton(self, chosen: Sequence[int], seed: int) -> dict[int, str]:
-        """Why layers have no factors, by number; the others' sample of probe 0 is kept."""
-        v = self.curvature().vectors(seed, 0)
-        kept: dict[int, Tensor] = {}
-        failed: dict[int, str] = {}
-        groups = [list(chosen)] if chosen else []
-        while groups:
-            group = groups.pop()
-            try:
-                kept.update(zip(group, self.squares(group, v), strict=True))
-            except (RuntimeError, ValueError, TypeError) as error:
-                if len(group) == 1:
-                    failed[group[0]] = str(error).splitlines()[0]
-                else:
-                    groups += [[layer] for layer in group]
-        self._tried = (seed, 0), kept
-        return failed
+        if self.first_sample[0] == (seed, probe):
+            return torch.stack([self.first_sample[1][layer] for layer in chosen]).sum(1)
+        return self.squares(chosen, self.curvature().vectors(seed, probe)).sum(1)
 
     def calls(self, layer: int) -> list[int]:
         """How often each module that has parameters of a layer was called.

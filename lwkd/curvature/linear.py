@@ -94,6 +94,8 @@ def linearity(output: Tensor, layers: Sequence[Sequence[Tensor]]) -> list[bool |
 def _curved(node: object, inputs: Sequence[int], every: int) -> int | None:
     """The layers that a node's output is not linear in; None where that is not known."""
     name = node.name()  # type: ignore[attr-defined]
+    if name == "AbsBackward0" and node._saved_self.is_complex():  # type: ignore[attr-defined]
+        return every  # a modulus
     if name in LINEAR:
         return 0
     if name in SMOOTH:

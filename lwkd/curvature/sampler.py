@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.batches import batches_of, size_of
+from lwkd.curvature.completeness import without_factors
 from lwkd.curvature.examine import examine
-from lwkd.curvature.gauss_newton import known_loss
 from lwkd.curvature.graph import FACTORED, Graph
 from lwkd.curvature.settings import Settings
 from lwkd.curvature.targets import Target
@@ -37,11 +37,25 @@ class Sampler:
         self._network, self._loss_fn, self._targets = network, loss_fn, targets
         self._settings = settings
         way = settings.estimator
-        self.found: list[tuple[str, str]] = [(way, _REASONS.get(way, "")) for _ in targets]
+        asked = [(way, _REASONS.get(way, "")) for _ in targets]
+        self._found: list[list[tuple[str, str]]] = []  # of every batch, once it is known
+        self._asked = asked
         self._coupled = _coupled(network)
+        for name, module in network.named_modules():
+            if getattr(module, "max_norm", None) is not None:
+                expected = "embeddings without max_norm: their forward changes the weights"
+                got = f"max_norm={module.max_norm}"
+                raise ValueError(message(_OP, "model", expected, got, layer=name))
         if way in FACTORED:
             for name, module in network.named_modules():
                 refuse_coupled(_OP, name, module)
+
+    @property
+    def found(self) -> list[tuple[str, str]]:
+        """(estimator, reason) of every layer; "block" if that was needed for any batch."""
+        every = self._found or [self._asked]
+        return [next((own for own in each if own[0] == "block"), each[0])
+                for each in zip(*every, strict=True)]  # fmt: skip
 
     def run(self, batch: Any) -> Tensor:
         """Samples of every probe, until they are as many or as sure as was asked for."""
@@ -49,7 +63,7 @@ class Sampler:
         if s.tol is None:
             return self._round(batches_of(_OP, batch), 0, 1 if s.exact else s.probes)
         batches = list(batches_of(_OP, batch))
-        kept = [self._graph(batches[0])] if len(batches) == 1 else None
+        kept = [self._graph(0, batches[0])] if len(batches) == 1 else None
         samples = self._round(batches, 0, min(max(s.probes, 2), s.most), kept)
         while len(samples) < s.most and not _sure(samples, s.tol):
             more = min(s.probes, s.most - len(samples))
@@ -57,18 +71,18 @@ class Sampler:
         return samples
 
     def _round(self, batches: Any, first: int, count: int, kept: Any = None) -> Tensor:
-        """[count, L] of the mean over all batches, by samples."""
+        """[count, L] of all batches: of the loss that one batch of them all would have."""
         total: Tensor | None = None
-        weight = 0
+        weight = 0.0
         for b, batch in enumerate(batches):
-            graph = kept[b] if kept else self._graph(batch)
-            n = size_of(batch[0])
-            part = n * self._samples(graph, b, first, count)
-            total, weight = part if total is None else total + part, weight + n
+            graph = kept[b] if kept else self._graph(b, batch)
+            own = graph.share(size_of(batch[0]))
+            part = (own or 1.0) * self._samples(graph, b, first, count)
+            total, weight = part if total is None else total + part, weight + own
             del graph  # before the next one is built
         if total is None:
             raise ValueError(message(_OP, "batch", "at least one batch", "none"))
-        samples = total / weight
+        samples = total / (weight or 1.0)
         if not bool(samples.isfinite().all()):
             probe, layer = (~samples.isfinite()).nonzero()[0].tolist()
             expected, got = (
@@ -80,24 +94,39 @@ class Sampler:
             )
         return samples
 
-    def _graph(self, batch: tuple[Any, Any]) -> Graph:
-        s, ways = self._settings, [way for way, _ in self.found]
+    def _graph(self, b: int, batch: tuple[Any, Any]) -> Graph:
+        s, new = self._settings, b == len(self._found)
+        ways = [way for way, _ in (self._asked if new else self._found[b])]
         graph = Graph(_OP, self._network, self._loss_fn, batch, self._targets, ways,
                       count=s.chunk > 1)  # fmt: skip
-        if "auto" in ways:
-            known = known_loss(self._loss_fn) is not None
-            self.found = examine(graph, s.seed, self._coupled, known)
-            graph.ways = [way for way, _ in self.found]
-            if s.exact and "block" in graph.ways:
-                layer = graph.ways.index("block")
-                expected = "layers whose trace is the Gauss–Newton block's, for exact=True"
-                got, name = self.found[layer][1], self._targets[layer].name
-                raise ValueError(message(_OP, "exact", expected, got, layer=name))
+        if new:
+            self._found.append(self._examined(graph, b))
+            graph.ways = [way for way, _ in self._found[b]]
         if s.chunk > 1:
             for rest in {way == "split" for way in graph.ways if way != "gauss_newton"}:
                 graph.differentiate(rest)
             _check_room(graph.loss.device, graph.bytes, s.chunk)
         return graph
+
+    def _seed(self, b: int) -> int:
+        """Of a batch's random outputs, as a signed number of 64 bits."""
+        return (self._settings.seed + b * _ODD + 2**63) % 2**64 - 2**63
+
+    def _examined(self, graph: Graph, b: int) -> list[tuple[str, str]]:
+        """(estimator, reason) of every layer for this batch."""
+        s, seed = self._settings, self._seed(b)
+        if s.estimator == "auto":
+            found = examine(graph, seed, self._coupled)
+            blocks = [layer for layer, (way, _) in enumerate(found) if way == "block"]
+            if s.exact and blocks:
+                expected = "layers whose trace is the Gauss–Newton block's, for exact=True"
+                got, name = found[blocks[0]][1], self._targets[blocks[0]].name
+                raise ValueError(message(_OP, "exact", expected, got, layer=name))
+            return found
+        if s.estimator in FACTORED and b == 0:
+            for error in without_factors(graph, range(len(self._targets)), seed).values():
+                raise error
+        return self._asked
 
     def _samples(self, graph: Graph, b: int, first: int, count: int) -> Tensor:
         """[count, L] of one batch."""
@@ -108,9 +137,9 @@ class Sampler:
         factored = [*layers["gauss_newton"], *layers["split"]]
         if factored and s.exact:
             for v in graph.curvature().columns():
-                out[0, factored] += graph.squares(factored, v)
+                out[0, factored] += graph.squares(factored, v).sum(1)
         elif factored:
-            seed = (s.seed + b * _ODD) % 2**64
+            seed = self._seed(b)
             for k in range(count):
                 out[k, factored] = graph.gauss_newton(factored, seed, first + k)
         single = layers["split"] + layers["block"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,13 +21,19 @@ class Target(NamedTuple):
     owners: tuple[Owner, ...]
 
 
-def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> list[Target]:
+Numbers = Callable[[str, str], int]
+
+
+def targets_of(
+    op: str, network: nn.Module, layers: Sequence[str] | None, numbers: Numbers | None = None
+) -> list[Target]:
     """The layers by name, or all modules that have trained parameters of their own.
 
     Args:
         op: The public name of the caller, for errors.
         network: Without wrappers.
         layers: Names of modules (everything inside them counts) or of parameters.
+        numbers: The index of a parameter's signs, by the layer and its name in it; None: in order.
 
     Raises:
         TypeError: No list of names.
@@ -40,14 +46,13 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
         for n, p in module.named_parameters(recurse=False)
     }
     if layers is None:
-        layers = [name for name, module in modules.items()
-                  if any(p.requires_grad for p in module.parameters(recurse=False))]  # fmt: skip
+        layers = _default(modules)
     elif isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(message(op, "layers", "None or a list of names", repr(layers)))
     if not layers:
         raise ValueError(message(op, "layers", "a network with trained parameters", "none"))
-    every = [(owner, parameters(owner.module))
-             for owner in owners("", network, lambda _, p: p.requires_grad)]  # fmt: skip
+    owning = owners("", network, lambda _, p: p.requires_grad, apart=True)
+    every = [(owner, parameters(owner.module)) for owner in owning]
     counter: dict[int, int] = {}
     found: list[Target] = []
     for asked in layers:
@@ -58,9 +63,35 @@ def targets_of(op: str, network: nn.Module, layers: Sequence[str] | None) -> lis
             raise ValueError(message(op, "layers", expected, "none", layer=asked))
         if name in [target.name for target in found]:
             raise ValueError(message(op, "layers", "every layer once", "twice", layer=asked))
-        indices = tuple(counter.setdefault(id(p), len(counter)) for p in inside)
-        own = _owning(every, {id(p) for p in inside})
-        found.append(Target(name, tuple(inside), indices, tuple(own)))
+        for n, p in inside.items():
+            if id(p) not in counter:
+                counter[id(p)] = len(counter) if numbers is None else numbers(asked, n)
+        own = _owning(every, {id(p) for p in inside.values()})
+        indices = tuple(counter[id(p)] for p in inside.values())
+        found.append(Target(name, tuple(inside.values()), indices, tuple(own)))
+    return found
+
+
+def _default(modules: dict[str, nn.Module]) -> list[str]:
+    """Every module with trained parameters of its own, and no parameter twice.
+
+    Multi-head attention and parametrized modules are one layer each. Of a module that has others
+    with parameters inside (a transformer with a class token), its own are layers by their names.
+    """
+    found: list[str] = []
+    covered: tuple[str, ...] = ()
+    for name, module in modules.items():
+        if name.startswith(covered):
+            continue
+        trained = [p for p in module.parameters() if p.requires_grad]
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations"):
+            covered += (f"{name}." if name else "",)
+            found += [name] if trained else []
+        elif own:
+            found += (
+                [name] if len(own) == len(trained) else [f"{name}.{n}".lstrip(".") for n in own]
+            )
     return found
 
 
@@ -76,15 +107,15 @@ def _owning(
 
 def _inside(
     op: str, name: Any, modules: dict[str, nn.Module], known: dict[str, nn.Parameter]
-) -> list[nn.Parameter]:
-    """The trained parameters of a layer, each once."""
+) -> dict[str, nn.Parameter]:
+    """The trained parameters of a layer by their names in it, each once."""
     if name in known:
-        return [known[name]] if known[name].requires_grad else []
+        return {"": known[name]} if known[name].requires_grad else {}
     if name not in modules:
         hint = suggest(name, [*modules, *known]) if isinstance(name, str) else ""
         expected = "names of modules or parameters"
         raise ValueError(message(op, "layers", expected, f"{name!r}{hint}"))
-    return [p for p in modules[name].parameters() if p.requires_grad]
+    return {n: p for n, p in modules[name].named_parameters() if p.requires_grad}
 
 
 def every_parameter(targets: Sequence[Target]) -> tuple[list[nn.Parameter], list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lwkd.curvature.sampler import Sampler
 from lwkd.curvature.settings import Settings, check_options
-from lwkd.curvature.targets import targets_of
+from lwkd.curvature.targets import Numbers, targets_of
 from lwkd.hooks import untouched
 from lwkd.names import unwrap
 
@@ -53,8 +54,10 @@ def hessian_trace(
 ) -> TraceEstimate:
     """Estimate tr H_l, H_l = ∂²loss/∂θ_l², for every layer l of a network.
 
-    The loss is ``loss_fn(model(inputs), target)``, a mean over the batch; of several batches their
-    mean, by samples. With random signs v (see :func:`lwkd.ops.rademacher`):
+    The loss is ``loss_fn(model(inputs), target)``, a mean over the batch; of several batches the
+    loss of them all: their mean, by what each is divided by (the samples; of a known cross-entropy
+    the weights of the targets that count), or their sum where a known loss sums. With random
+    signs v (see :func:`lwkd.ops.rademacher`):
 
     * "hutchinson": v over all layers, ⟨v_l, (Hv)_l⟩: what everybody does, and noisy, since every
       other layer l' adds ‖H_ll'‖² to the variance;
@@ -71,9 +74,12 @@ def hessian_trace(
       block. Read off the network's graph; where that does not say, tested by a second derivative.
       The result says which, and why.
 
-    The network runs in the mode it is in, uncompiled, without autocast, and scaled-dot-product
-    attention in the one form that can be differentiated twice. Modes, buffers, ``.grad``,
-    generators and hooks are left as they were, also after an exception.
+    Whether a layer's factors are its gradient, sample by sample, is tested too (gauss_newton,
+    split, auto): they are not where a parameter is used outside its module, or samples are coupled.
+
+    The network runs in the mode it is in, uncompiled, without autocast, without the hooks of its
+    parameters, and scaled-dot-product attention in the one form that can be differentiated twice.
+    Modes, buffers, ``.grad``, generators and hooks are left as they were, also after an exception.
     Sources: Hutchinson 1990; Yao et al. 2020 (PyHessian); Schraudolph 2002; Martens 2020.
 
     Args:
@@ -82,7 +88,8 @@ def hessian_trace(
         batch: (inputs, target), or an iterable of such; inputs: a tensor, a tuple of positional or
             a dict of keyword arguments. With ``tol`` an iterable is kept in memory.
         layers: Names of modules, all trained parameters inside each, or of parameters; None: all
-            modules that have some of their own.
+            modules that have some of their own, multi-head attention as one, and no parameter twice
+            (what a module has beside others inside it, a class token say, is a layer by its name).
         estimator: As above.
         probes: K, at least 1; with ``tol`` so many at a time.
         seed: 64 bits; the same seed is the same estimate.
@@ -99,7 +106,8 @@ def hessian_trace(
     Raises:
         ValueError: Unknown or parameterless layers, an argument out of range, a loss that is no
             scalar, targets out of range, a loss that gauss_newton and split do not know, samples
-            that are coupled (for these two; BatchNorm in train mode), a trace that is not finite.
+            that are coupled or factors that are not the gradient (for these two), a trace that is
+            not finite.
         TypeError: A batch or layers of another kind.
         RuntimeError: Something that cannot be differentiated twice, or not enough memory for chunk.
 
@@ -120,14 +128,15 @@ def estimate(
     batch: Any,
     layers: Sequence[str] | None,
     settings: Settings,
+    numbers: Numbers | None = None,
 ) -> TraceEstimate:
-    """As :func:`hessian_trace`, its options checked."""
+    """As :func:`hessian_trace`, its options checked; ``numbers`` as in ``targets_of``."""
     network = unwrap(model)
-    targets = targets_of(_OP, network, layers)
+    targets = targets_of(_OP, network, layers, numbers)
     sampler = Sampler(network, loss_fn, targets, settings)
     device = targets[0].parameters[0].device
     off = torch.autocast(device.type, enabled=False)
-    with untouched(network, evaluate=False), torch.enable_grad(), off:
+    with untouched(network, evaluate=False), _unhooked(network), torch.enable_grad(), off:
         samples = sampler.run(batch)
     mean = samples.mean(0)
     stderr = samples.std(0) / len(samples) ** 0.5 if len(samples) > 1 else mean * torch.nan
@@ -137,3 +146,17 @@ def estimate(
         mean, stderr, samples, tuple(t.name for t in targets),
         tuple(way for way, _ in sampler.found), tuple(why for _, why in sampler.found),
     )  # fmt: skip
+
+
+@contextmanager
+def _unhooked(network: nn.Module) -> Iterator[None]:
+    """Leave out the hooks of parameters: they change gradients, and would run once a probe."""
+    hooks: list[tuple[Any, Any]] = [(h, h.copy()) for p in network.parameters()
+                                    if (h := p._backward_hooks)]  # fmt: skip
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, kept in hooks:
+            own.update(kept)

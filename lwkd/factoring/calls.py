@@ -41,6 +41,8 @@ class Calls:
         modules: What to watch.
         listen: Hear the gradients of whoever runs the backward pass, instead of running one.
         network: Whose inputs and outputs tell how many samples there can be, where nobody says it.
+        lenient: What cannot be recorded of a module is raised when its calls are asked for, not
+            from its forward.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Calls:
         *,
         listen: bool = False,
         network: nn.Module | None = None,
+        lenient: bool = False,
     ) -> None:
         self._op, self._side, self._modules, self._listen = op, side, modules, listen
+        self._lenient, self._failed = lenient, dict[int, Exception]()
         self._records: list[list[Call]] = [[] for _ in modules]
         self._network, self._sizes = network, set[int]()
         self._stack = ExitStack()
@@ -60,7 +64,10 @@ class Calls:
     def __enter__(self) -> Calls:
         with ExitStack() as stack:
             for i, owner in enumerate(self._modules):
-                hook = owner.module.register_forward_hook(partial(self._hook, i), with_kwargs=True)
+                # First of all hooks: others may change the output.
+                hook = owner.module.register_forward_hook(
+                    partial(self._hook, i), with_kwargs=True, prepend=True
+                )
                 stack.callback(hook.remove)
             if self._network is not None:
                 hook = self._network.register_forward_hook(self._size, with_kwargs=True)
@@ -81,10 +88,13 @@ class Calls:
         if out is None or not out.is_floating_point():
             got = type(output).__name__
             expected = "a module that returns a floating tensor, or a tuple or list that starts so"
-            raise TypeError(message(self._op, self._side, expected, got, layer=name))
+            return self._fail(
+                i, TypeError(message(self._op, self._side, expected, got, layer=name))
+            )
         if not torch.is_grad_enabled():
             expected, got = "a layer that runs with gradients", "one under no_grad or checkpointed"
-            raise RuntimeError(message(self._op, self._side, expected, got, layer=name))
+            text = message(self._op, self._side, expected, got, layer=name)
+            return self._fail(i, RuntimeError(text))
         changed = None
         if not out.requires_grad:
             # Not a leaf: what comes next may change it in place.
@@ -98,6 +108,11 @@ class Calls:
         versions = _versions(kept, named)
         self._records[i].append(Call(kept, named, versions, get_gradient_edge(out), heard))
         return changed
+
+    def _fail(self, i: int, error: Exception) -> None:
+        if not self._lenient:
+            raise error
+        self._failed[i] = error
 
     def _size(self, _: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
         every = (*inputs, *keywords.values(), first_tensor(output))
@@ -136,6 +151,8 @@ class Calls:
         Raises:
             RuntimeError: The module did not run.
         """
+        if i in self._failed:
+            raise self._failed[i]
         if not self._records[i]:
             expected, got, name = (
                 "the layer to run in the forward",

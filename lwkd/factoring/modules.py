@@ -34,7 +34,7 @@ def supports(module: nn.Module) -> bool:
     """Whether the module's parameters factor; else they take torch.func.
 
     A parametrization (weight_norm, spectral_norm) has other parameters than the weight that
-    factors, and a subclass with a forward of its own does what nobody here knows.
+    factors, and a module with a forward of its own does what nobody here knows.
 
     >>> supports(nn.Conv2d(3, 8, 3)), supports(nn.Bilinear(2, 3, 4))
     (True, False)
@@ -45,7 +45,10 @@ def supports(module: nn.Module) -> bool:
     if hasattr(module, "parametrizations") or not own <= {"weight", "bias"}:
         return False
     kind = _kind(module)
-    return kind is not None and type(module).forward is kind.forward
+    if kind is None or "forward" in vars(module):
+        return False
+    own_way = getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+    return own_way and type(module).forward is kind.forward
 
 
 def whole(module: nn.Module) -> bool:
@@ -55,6 +58,16 @@ def whole(module: nn.Module) -> bool:
     (True, False)
     """
     return isinstance(module, nn.MultiheadAttention) or not supports(module)
+
+
+def container(module: nn.Module) -> bool:
+    """Whether the module does not factor, and its children may be modules that are called.
+
+    >>> container(nn.Sequential(nn.Linear(4, 2))), container(nn.MultiheadAttention(4, 2))
+    (True, False)
+    """
+    known = isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
+    return not (known or supports(module)) and any(True for _ in module.children())
 
 
 def _kind(module: nn.Module) -> Any:
@@ -235,6 +248,11 @@ def _per_sample(
     fixed = {n: b.detach() for n, b in (*module.named_parameters(), *module.named_buffers())
              if n not in params}  # fmt: skip
     tensors = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    for x in (*inputs, *keywords.values()):
+        inside = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
+        if any(isinstance(part, Tensor) for part in inside):
+            expected = "tensors as arguments: of those inside another the batch is not known"
+            raise RuntimeError(message(op, "module", expected, type(x).__name__, layer=name))
     dtype = next(iter(params.values())).dtype
 
     def scalar(p: dict[str, Tensor], d: Tensor, *xs: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ class Owner(NamedTuple):
 
 
 def owners(
-    layer: str, module: nn.Module, counts: Callable[[str, nn.Parameter], bool]
-) -> list[Owner]:
+    layer: str, module: nn.Module, counts: Callable[[str, nn.Parameter], bool], *,
+    apart: bool = False,
+) -> list[Owner]:  # fmt: skip
     """The modules of a layer that have parameters that count, in order.
 
     Some stand for everything inside them: multi-head attention, and what does not factor.
@@ -32,6 +33,8 @@ def owners(
         layer: The layer's name.
         module: The layer.
         counts: Whether a parameter counts, by its name within the layer.
+        apart: What does not factor stands for its own parameters alone, where it has modules
+            inside: for callers that see whether these were called.
     """
     found: list[Owner] = []
 
@@ -39,11 +42,14 @@ def owners(
         own = dict(m.named_parameters(recurse=False))
         inside = known.parameters(m) if own or hasattr(m, "parametrizations") else {}
         start = f"{path}." if path else ""
+        alone = apart and known.container(m)
+        if alone:
+            inside = own
         wanted = frozenset(n for n, p in inside.items() if counts(start + n, p))
         if wanted:
             name = ".".join(part for part in (layer, path) if part)
             found.append(Owner(path, name, m, wanted))
-        if not inside or not known.whole(m):
+        if alone or not inside or not known.whole(m):
             for child, inner in m.named_children():
                 visit(start + child, inner)
 

@@ -88,6 +88,7 @@ class HessianMeter(Blocks[None]):
             _OP, estimator, probes, seed, None, None, chunk, exact
         )  # fmt: skip
         self._normalize = normalize
+        self._numbers: dict[tuple[int, str], int] = {}
         self.estimates: tuple[TraceEstimate, TraceEstimate] | None = None
         """Student's and teacher's traces of the last measurement."""
 
@@ -157,7 +158,13 @@ class HessianMeter(Blocks[None]):
         """The estimate, and of every pair's layer the trace and the number of parameters."""
         names = [name for name, _ in layers]
         unique = list(dict.fromkeys(names))  # a layer may be the partner of several
-        found = estimate(network, loss_fn, (inputs, target), unique, self._settings)
+
+        def number(layer: str, parameter: str) -> int:
+            """Of a parameter's signs: the partner's parameter of that name has the same."""
+            key = names.index(layer), parameter
+            return self._numbers.setdefault(key, len(self._numbers))
+
+        found = estimate(network, loss_fn, (inputs, target), unique, self._settings, number)
         places = torch.tensor([unique.index(name) for name in names], device=found.mean.device)
         sizes = [sum(p.numel() for p in module.parameters() if p.requires_grad)
                  for _, module in layers]  # fmt: skip
@@ -168,9 +175,9 @@ class HessianMeter(Blocks[None]):
 def _trained(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Have gradients by parameters that are frozen."""
     frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)
     try:
+        for p in frozen:
+            p.requires_grad_(True)
         yield
     finally:
         for p in frozen:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwkd.curvature.gauss_newton import known_loss, output_hessian, uniform
+from lwkd.curvature.gauss_newton import known_loss, output_hessian
 from lwkd.ops import philox
 from tests import cases
 
@@ -95,26 +95,11 @@ def test_vectors_have_it_as_their_mean_square(name: str) -> None:
     assert ((products.mean(0) - want).abs() <= 5 * noise + 1e-9 * want.abs()).all()
 
 
-def test_vectors_of_cross_entropy_are_drawn_by_inverse_cdf() -> None:
-    p = LOGITS.softmax(1)
-    v = hessian_of("cross-entropy").vectors(2**63 + 1, 6)
-    u = uniform(N, 1, 2**63 + 1, 6, torch.device("cpu"))[:, 0]
-    for n in range(N):
-        drawn = int((p[n].cumsum(0) < u[n]).sum())
-        want = (F.one_hot(torch.tensor(drawn), C) - p[n]) / N**0.5
-        torch.testing.assert_close(v[n], want)
-
-
-def test_uniform_numbers_come_from_their_counters() -> None:
-    u = uniform(3, 2, 2**40 + 7, 5, torch.device("cpu"))
-    assert u.dtype == F64
-    for n, t in itertools.product(range(3), range(2)):
-        counter = [torch.tensor(c) for c in (n, t, 2**32 - 1, 5)]
-        a, b, *_ = philox.words((7, 2**8), counter).tolist()
-        assert float(u[n, t]) == (a * 2**21 + (b >> 11)) / 2**53
-    many = uniform(1000, 20, 1, 0, torch.device("cpu"))
-    assert ((many >= 0) & (many < 1)).all()
-    assert abs(float(many.mean()) - 0.5) < 5 / (12 * 20_000) ** 0.5
+def test_vectors_of_cross_entropy_are_its_columns_with_signs() -> None:
+    h = hessian_of("cross-entropy")
+    z = philox.signs(LOGITS, 2**63 + 1, philox.OUTPUTS, 6)
+    want = sum(z[:, c, None] * column for c, column in enumerate(h.columns()))
+    torch.testing.assert_close(h.vectors(2**63 + 1, 6), want)
 
 
 def test_vectors_of_elementwise_losses_are_signs() -> None:

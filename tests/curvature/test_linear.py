@@ -214,6 +214,14 @@ def test_what_else_is_not_linear(run: Callable[[Tensor], Tensor]) -> None:
     assert linearity(run(x), [[x]]) != [True]
 
 
+def test_a_modulus_is_no_absolute_value() -> None:
+    """Complex numbers: torch has one name for both."""
+    x = leaf((2, 4), 1)
+    y = (x[:, :2] + 1j * x[:, 2:]).abs()
+    assert second(y, x) != 0
+    assert linearity(y, [[x]]) == [False]
+
+
 def test_an_operation_in_no_list_says_nothing() -> None:
     """Changes in place of a part, for one: torch hides in one node what was done."""
     x = leaf((2, 4), 1)

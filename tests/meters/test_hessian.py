@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -46,6 +47,24 @@ def test_a_copy_is_at_no_distance(estimator: str) -> None:
     teacher.load_state_dict(student.state_dict())
     meter = HessianMeter(pair_layers(student, teacher, LAYERS), estimator=estimator, probes=2)
     assert meter.measure(X, Y, F.cross_entropy).tolist() == [0.0] * 4
+
+
+def test_probes_are_common_by_pair_and_name() -> None:
+    """Whatever else either network trains, and wherever the layers are in it."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 4)]
+    student = nn.Sequential(nn.Flatten(), nn.Linear(36, 6), *parts).double()
+    teacher = copy.deepcopy(student)
+    for pairs in (["2", "4", "6"], {"6": "6", "2": "2"}, {"4": "4"}):
+        meter = HessianMeter(pair_layers(student, teacher, pairs), estimator="block", probes=2)
+        assert meter.measure(X, Y, F.cross_entropy).tolist() == [0.0] * len(pairs)
+    student[2].bias.requires_grad_(False)
+    meter = HessianMeter(
+        pair_layers(student, teacher, ["2", "4", "6"]), estimator="block", probes=2
+    )
+    first, *others = meter.measure(X, Y, F.cross_entropy).tolist()
+    assert first > 0  # its trained parameters are others
+    assert others == [0.0, 0.0]
 
 
 def test_auto_looks_every_time() -> None:
