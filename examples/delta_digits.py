@@ -66,6 +66,7 @@ def main(epochs: int = 20) -> float:
     optimizer = torch.optim.SGD(groups, momentum=0.9)
     rates = lwkd.LayerwiseLR(optimizer, pairs)  # 5
     for epoch in range(1, epochs + 1):
+        model.train()
         for bx, by in batches:
             with pairs.capture() as features:  # 6
                 logits, _ = model(bx), source(bx)
@@ -75,7 +76,9 @@ def main(epochs: int = 20) -> float:
             optimizer.step()
             rates.update(terms.per_layer.detach())  # 7: the loss has measured the distances
             rates.step()
-        accuracy = float((model(x[100:]).argmax(1) == y[100:]).float().mean())
+        model.eval()
+        with torch.no_grad():
+            accuracy = float((model(x[100:]).argmax(1) == y[100:]).float().mean())
         shown = [round(m, 2) for m in rates.multipliers.tolist()]
         print(f"epoch {epoch}: test accuracy {accuracy:.3f}, multipliers {shown}")
     return accuracy

@@ -52,6 +52,7 @@ def main(epochs: int = 10) -> float:
     rates = lwkd.LayerwiseLR(optimizer, pairs)  # 3
     transfer = lwkd.losses.AttentionTransfer(beta=3.0)
     for epoch in range(1, epochs + 1):
+        student.train()
         for x, y in batches:
             with pairs.capture() as features:  # 4
                 logits, _ = student(x), teacher(x)
@@ -61,7 +62,9 @@ def main(epochs: int = 10) -> float:
             optimizer.step()
             rates.update(terms.per_layer.detach())  # 5: the loss has measured the distances
             rates.step()
-        right = student(images[1347:]).argmax(1) == labels[1347:]
+        student.eval()
+        with torch.no_grad():
+            right = student(images[1347:]).argmax(1) == labels[1347:]
         shown = [round(m, 2) for m in rates.multipliers.tolist()]
         print(f"epoch {epoch}: test accuracy {right.float().mean():.3f}, multipliers {shown}")
     return float(right.float().mean())

@@ -76,6 +76,7 @@ def main(epochs: int = 15) -> float:
     )
     distil = lwkd.losses.KnowledgeDistillation(alpha=0.5, tau=4.0)
     for epoch in range(1, epochs + 1):
+        student.train()
         for x, y in batches:
             with pairs.capture() as features:  # 5
                 logits, guide = student(x), teacher(x)
@@ -85,7 +86,9 @@ def main(epochs: int = 15) -> float:
             optimizer.step()
             rates.update(terms.per_layer.detach())  # 6
             rates.step()
-        accuracy = float((student(images[1347:]).argmax(1) == labels[1347:]).float().mean())
+        student.eval()
+        with torch.no_grad():
+            accuracy = float((student(images[1347:]).argmax(1) == labels[1347:]).float().mean())
         shown = [round(m, 2) for m in rates.multipliers.tolist()]
         print(f"epoch {epoch}: test accuracy {accuracy:.3f}, multipliers {shown}")
     return accuracy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lwkd.hooks import first_tensor, run, untouched
 from lwkd.names import unwrap
-from lwkd.ops.checks import message
+from lwkd.ops.checks import choice, message
 
 Row = dict[str, Any]
 LEVELS: dict[str, tuple[float, ...]] = {
@@ -26,6 +25,8 @@ LEVELS: dict[str, tuple[float, ...]] = {
 side, the share of the contrast that is left, the share of height and width."""
 SEVERITIES = (0, 1, 2, 3, 4, 5)
 BINS = 15
+ROUNDING = 1e-3  # that images may be out of [0, 1], less than a step of 8 bits
+BATCHES = "batches (images [N, C, H, W] in [0, 1], class indices [N])"
 _REPORT = "degradation.degradation_report"
 
 
@@ -50,37 +51,55 @@ def degrade(images: Tensor, kind: str, severity: int, *, seed: int = 0) -> Tenso
         A tensor like ``images``.
 
     Raises:
-        ValueError: An unknown kind, a severity out of range, no [N, C, H, W].
+        ValueError: An unknown kind, a severity out of range, no [N, C, H, W], values out of [0, 1].
         TypeError: ``images`` is no floating tensor.
 
     >>> degrade(torch.rand(2, 3, 8, 8), "downscale", 3).shape
     torch.Size([2, 3, 8, 8])
     """
     op = "degradation.degrade"
-    if kind not in LEVELS:
-        raise ValueError(message(op, "kind", f"one of {tuple(LEVELS)}", repr(kind)))
+    choice(op, "kind", kind, tuple(LEVELS))
+    _check_severity(op, "severity", severity)
+    _check_images(op, "images", images)
+    return _worse(images, kind, severity, seed)
+
+
+def _check_severity(op: str, argument: str, severity: object) -> None:
     if type(severity) is not int or severity not in SEVERITIES:
-        raise ValueError(message(op, "severity", "an int from 0 to 5", repr(severity)))
+        raise ValueError(message(op, argument, "an int from 0 to 5", repr(severity)))
+
+
+def _check_images(op: str, argument: str, images: object) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(message(op, "images", "a floating tensor [N, C, H, W] in [0, 1]", got))
+        raise TypeError(message(op, argument, "a floating tensor [N, C, H, W] in [0, 1]", got))
     if images.dim() != 4:
-        raise ValueError(message(op, "images", "[N, C, H, W]", list(images.shape)))
+        raise ValueError(message(op, argument, "[N, C, H, W]", list(images.shape)))
+    if images.numel():
+        low, high = (float(x) for x in images.aminmax())
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+            expected = "images in [0, 1] (normalise afterwards: transform= of degradation_report)"
+            raise ValueError(message(op, argument, expected, f"{low:.4g} to {high:.4g}"))
+
+
+def _worse(images: Tensor, kind: str, severity: int, seed: int) -> Tensor:
     if severity == 0 or images.numel() == 0:
         return images.clone()
     level = LEVELS[kind][severity - 1]
+    x = images.to(torch.promote_types(images.dtype, torch.float32))  # antialiasing wants it
     if kind == "noise":
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        return (images + level * noise).clamp(0, 1)
-    if kind == "blur":
-        return _blurred(images, level * min(images.shape[2:]))
-    if kind == "contrast":
-        mean = images.mean((1, 2, 3), keepdim=True)
-        return mean + level * (images - mean)
-    size = [max(1, round(level * s)) for s in images.shape[2:]]
-    small = F.interpolate(images, size, mode="bilinear", antialias=True)
-    return F.interpolate(small, images.shape[2:], mode="bilinear")
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        x = (x + level * noise).clamp(0, 1)
+    elif kind == "blur":
+        x = _blurred(x, level * min(x.shape[2:]))
+    elif kind == "contrast":
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = mean + level * (x - mean)
+    else:
+        size = [max(1, round(level * s)) for s in x.shape[2:]]
+        small = F.interpolate(x, size, mode="bilinear", antialias=True)
+        x = F.interpolate(small, x.shape[2:], mode="bilinear")
+    return x.to(images.dtype)
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
@@ -105,15 +124,22 @@ def calibration_error(logits: Tensor, target: Tensor, bins: int = BINS) -> float
         target: Class indices [N].
         bins: How many.
 
+    Returns:
+        The error; NaN where a logit is.
+
     >>> calibration_error(torch.tensor([[50.0, 0.0], [50.0, 0.0]]), torch.tensor([0, 1]))
     0.5
     """
+    return float(_gaps(logits, target, bins).abs().sum() / max(len(logits), 1))
+
+
+def _gaps(logits: Tensor, target: Tensor, bins: int) -> Tensor:
+    """Right answers minus their confidences, summed by bin."""
     confidence, found = logits.double().softmax(1).max(1)
     right = (found == target).double()
-    place = (confidence * bins).long().clamp(max=bins - 1)
+    place = (confidence.nan_to_num() * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64, device=logits.device)
-    gap.index_add_(0, place, right - confidence)
-    return float(gap.abs().sum() / max(len(logits), 1))
+    return gap.index_add_(0, place, right - confidence)
 
 
 def degradation_report(
@@ -130,18 +156,23 @@ def degradation_report(
     Args:
         models: Networks by name, all over the same classes. They run in eval mode and are left as
             they were.
-        loader: Batches (images [N, C, H, W] in [0, 1], class indices [N]).
+        loader: Batches (images [N, C, H, W] in [0, 1], class indices [N]), of which one at a time
+            is held.
         kinds: Of `degrade`.
         severities: 0 to 5.
         transform: What the networks' inputs go through after they were degraded: normalisation.
-        seed: Of the noise; all networks see the same images.
+        seed: Of the noise, that of batch b is seed + b; all networks see the same images.
 
     Returns:
         Rows of model, degradation, severity, images, accuracy, nll (mean cross-entropy, nats) and
-        calibration_error; for :func:`lwkd.plotting.degradation_curves`.
+        calibration_error; for :func:`lwkd.plotting.degradation_curves`. NaN logits are wrong
+        answers, and the other two are NaN.
 
     Raises:
-        ValueError: No models, no batches, logits that are not [N, C], and as `degrade`.
+        ValueError: No models, kinds, severities or images, labels that are not [N], logits
+            that are not [N, C] or fewer than classes, and as `degrade`.
+        TypeError: Models that are no networks by name, a loader of anything but such pairs, and as
+            `degrade`.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     >>> batch = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
@@ -149,48 +180,99 @@ def degradation_report(
     >>> [(row["degradation"], row["severity"]) for row in rows]
     [('noise', 0), ('noise', 5)]
     """
-    if not isinstance(models, Mapping) or not models:
-        raise ValueError(message(_REPORT, "models", "networks by name", repr(models)))
-    batches = list(loader)
-    if not batches:
-        raise ValueError(message(_REPORT, "loader", "one batch at least", "none"))
-    rows: list[Row] = []
+    networks = _networks(models)
+    cells = _cells(kinds, severities)
+    if not isinstance(loader, Iterable):
+        raise TypeError(message(_REPORT, "loader", BATCHES, type(loader).__name__))
+    parameters = (x for n in networks.values() for x in (*n.parameters(), *n.buffers()))
+    home = next((x.device for x in parameters), None)
+    sums: dict[tuple[str, str, int], Tensor] = {}
+    count = 0
+    with untouched(*networks.values()):
+        for b, batch in enumerate(loader):
+            images, target = _pair(batch)
+            if not len(images):
+                continue
+            count += len(images)
+            images = images if home is None else images.to(home)
+            # Clean images are the same for all kinds.
+            for kind, severity in dict.fromkeys((k if s else "", s) for k, s in cells):
+                worse = _worse(images, kind, severity, seed + b)
+                for name, network in networks.items():
+                    x = worse.clone()  # which the network, or transform, may change in place
+                    own = _sums(name, network, x if transform is None else transform(x), target)
+                    place = name, kind, severity
+                    sums[place] = sums[place] + own if place in sums else own
+    if not count:
+        raise ValueError(message(_REPORT, "loader", "one batch at least", "no images"))
+    return [
+        {"model": name, "degradation": kind, "severity": severity, "images": count}
+        | _scores(sums[name, kind if severity else "", severity], count)
+        for name in networks
+        for kind, severity in cells
+    ]
+
+
+def _networks(models: object) -> dict[str, nn.Module]:
+    expected = "networks by name"
+    if not isinstance(models, Mapping):
+        raise TypeError(message(_REPORT, "models", expected, type(models).__name__))
+    if not models:
+        raise ValueError(message(_REPORT, "models", expected, "none"))
     for name, model in models.items():
-        with untouched(unwrap(model)):
-            clean: Row | None = None  # the same for all kinds
-            for kind, severity in product(kinds, severities):
-                scores = clean
-                if severity or clean is None:
-                    worse = partial(degrade, kind=kind, severity=severity)
-                    scores = _scores(*_logits(name, model, batches, worse, transform, seed))
-                clean = clean if severity else scores
-                own = {"model": name, "degradation": kind, "severity": severity}
-                rows.append(own | (scores or {}))
-    return rows
+        if not isinstance(model, nn.Module):
+            got = f"{type(model).__name__} of name {name!r}"
+            raise TypeError(message(_REPORT, "models", f"{expected}, each an nn.Module", got))
+    return {name: unwrap(model) for name, model in models.items()}
 
 
-def _logits(
-    name: str, model: nn.Module, batches: Sequence[Any], worse: Callable[..., Tensor],
-    transform: Callable[[Tensor], Tensor] | None, seed: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A network's logits on all batches made worse, and the classes."""
-    logits, labels = [], []
-    for b, (images, target) in enumerate(batches):
-        x = worse(images, seed=seed + b)
-        x = x if transform is None else transform(x)
-        z = first_tensor(run(_REPORT, unwrap(model), x, "models", "loader"))
-        if z is None or z.dim() != 2 or len(z) != len(target):
-            got = f"{'none' if z is None else list(z.shape)} from {name!r}"
-            raise ValueError(message(_REPORT, "models", f"logits [{len(target)}, C]", got))
-        logits.append(z)
-        labels.append(target.to(z.device))
-    return torch.cat(logits), torch.cat(labels)
+def _cells(kinds: Sequence[str], severities: Sequence[int]) -> list[tuple[str, int]]:
+    """Every kind at every severity, once."""
+    for argument, values in (("kinds", kinds), ("severities", severities)):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(message(_REPORT, argument, f"a list of {argument}", repr(values)))
+        if not values:
+            raise ValueError(message(_REPORT, argument, "one at least", repr(values)))
+        for value in values:
+            if argument == "kinds":
+                choice(_REPORT, argument, value, tuple(LEVELS))
+            else:
+                _check_severity(_REPORT, argument, value)
+    return list(dict.fromkeys(product(kinds, severities)))
 
 
-def _scores(logits: Tensor, target: Tensor) -> Row:
-    return {
-        "images": len(target),
-        "accuracy": float((logits.argmax(1) == target).double().mean()),
-        "nll": float(F.cross_entropy(logits.double(), target)),
-        "calibration_error": calibration_error(logits, target),
-    }
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    """A batch's images and class indices."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(message(_REPORT, "loader", BATCHES, got))
+    images, target = batch
+    _check_images(_REPORT, "loader", images)
+    if not isinstance(target, Tensor) or target.is_floating_point():
+        got = f"{target.dtype}" if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(message(_REPORT, "loader", BATCHES, f"labels {got}"))
+    if target.shape != images.shape[:1]:
+        got = f"labels {list(target.shape)} for {len(images)} images"
+        raise ValueError(message(_REPORT, "loader", BATCHES, got))
+    if bool((target < 0).any()):
+        raise ValueError(message(_REPORT, "loader", BATCHES, f"a label {int(target.min())}"))
+    return images, target.long()
+
+
+def _sums(name: str, network: nn.Module, x: Any, target: Tensor) -> Tensor:
+    """Right answers, negative log-likelihood and `_gaps` of a batch, in one tensor."""
+    z = first_tensor(run(_REPORT, network, x, "models", "loader"))
+    top = int(target.max())
+    if z is None or z.dim() != 2 or len(z) != len(target) or z.shape[1] <= top:
+        got = f"{'none' if z is None else list(z.shape)} from {name!r}"
+        expected = f"logits [{len(target)}, C], C > {top} for the labels"
+        raise ValueError(message(_REPORT, "models", expected, got))
+    target = target.to(z.device)
+    right = (z.argmax(1) == target) & ~z.isnan().any(1)
+    nll = F.cross_entropy(z.double(), target, reduction="sum")
+    return torch.cat([right.sum().double()[None], nll[None], _gaps(z, target, BINS)])
+
+
+def _scores(sums: Tensor, count: int) -> Row:
+    right, nll, *gaps = (sums / count).tolist()
+    return {"accuracy": right, "nll": nll, "calibration_error": sum(map(abs, gaps))}

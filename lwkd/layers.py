@@ -165,7 +165,7 @@ class LayerPairs(Sequence[LayerPair]):
                 raise RuntimeError(message(op, side, *COMPILED, layer=inside or None))
 
     def teacher_in_eval(self, op: str) -> None:
-        """Put a teacher that is in train mode in eval mode, and say so once.
+        """Put a teacher that is in train mode, or has a module that is, in eval mode; say so once.
 
         Dropout would change from batch to batch what the student is compared to, and BatchNorm
         would take its statistics from the student's data.
@@ -173,18 +173,22 @@ class LayerPairs(Sequence[LayerPair]):
         Args:
             op: The public name of the caller, for the warning.
         """
-        if self._teacher_trains or not self._teacher.training:
+        if self._teacher_trains:
             return
-        shared = set(self._student.modules())
-        if self._teacher in shared:
+        found = {m: name for name, m in self._teacher.named_modules() if m.training}
+        shared = set(self._student.modules()) if found else set()
+        found = {m: name for m, name in found.items() if m not in shared}
+        if self._teacher in shared or not found:
             return
-        for module in self._teacher.modules():
-            module.training = module.training and module in shared
+        for module in found:
+            module.training = False
         if not self._said:
             self._said = True
             expected = "a network in eval mode (pair_layers(..., teacher_trains=True) for one that "
             got = "one in train mode: it is put in eval mode"
-            text = message(op, "teacher", f"{expected}is trained beside the student)", got)
+            layer = next(iter(found.values())) or None  # the teacher itself, or one inside
+            expected += "is trained beside the student)"
+            text = message(op, "teacher", expected, got, layer=layer)
             warnings.warn(text, UserWarning, stacklevel=3)
 
     @overload

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -119,8 +122,109 @@ def test_report() -> None:
     assert all(row["accuracy"] == 0 for row in flipped)
 
 
+def test_half_precision() -> None:
+    """Computed in float32, and rounded once."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = X.to(dtype)
+        for kind in LEVELS:
+            y = degrade(x, kind, 3)
+            assert y.dtype == dtype
+            assert torch.equal(y, degrade(x.float(), kind, 3).to(dtype))
+
+
+class Broken(Brightness):
+    """Has diverged: NaN for some images, at the class that is right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return torch.where(z[:, 1:] > 0, z * z.new_tensor([1.0, math.nan]), z)
+
+
+def test_a_network_that_diverged() -> None:
+    images = torch.cat([0.3 * torch.rand(6, 1, 8, 8), 1 - 0.3 * torch.rand(6, 1, 8, 8)])
+    batch = images, torch.arange(12) // 6
+    rows = degradation_report({"bad": Broken(), "good": Brightness()}, [batch])
+    alone = degradation_report({"good": Brightness()}, [batch])
+    assert rows[24:] == alone
+    for row in rows[:24]:
+        assert row["accuracy"] == 0.5
+        assert math.isnan(row["nll"])
+        assert math.isnan(row["calibration_error"])
+    assert math.isnan(calibration_error(Broken()(images), batch[1]))
+
+
+class InPlace(Brightness):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.neg_().add_(1))
+
+
+def test_a_network_that_changes_its_input() -> None:
+    batch = torch.rand(9, 1, 6, 6), torch.arange(9) % 2
+    both = degradation_report({"a": InPlace(), "b": Brightness()}, [batch])
+    assert both[24:] == degradation_report({"b": Brightness()}, [batch])
+    kept = batch[0].clone()
+    degradation_report({"a": InPlace()}, [batch], severities=[0], transform=lambda x: x.sub_(0.5))
+    assert torch.equal(batch[0], kept)
+
+
+def test_one_batch_is_held_at_a_time() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(6):
+            assert sum(ref() is not None for ref in alive) <= 1
+            images = torch.rand(3, 1, 4, 4)
+            alive.append(weakref.ref(images))
+            yield images, torch.tensor([0, 1, 0])
+            del images
+
+    assert degradation_report({"a": Brightness()}, batches())[0]["images"] == 18
+
+
+def test_batches_add_up() -> None:
+    """The same rows from one batch or several, an empty one between them; noise is by the batch."""
+    images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 2
+    parts = [(images[a:b], labels[a:b]) for a, b in ((0, 7), (7, 7), (7, 20))]
+    kinds = ["blur", "contrast", "downscale"]
+    whole, sums = (
+        degradation_report({"a": Brightness()}, loader, kinds=kinds)
+        for loader in ([(images, labels)], parts)
+    )
+    for a, b in zip(whole, sums, strict=True):
+        assert [*a.values()][:4] == [*b.values()][:4] == ["a", a["degradation"], a["severity"], 20]
+        assert [*a.values()][4:] == pytest.approx([*b.values()][4:], rel=1e-6)
+    row = degradation_report(
+        {"a": Brightness()}, parts, kinds=["noise"], severities=[4, 4, 0], seed=5
+    )[0]
+    worse = [degrade(x, "noise", 4, seed=5 + b) for b, (x, _) in enumerate(parts)]
+    want = float(F.cross_entropy(Brightness()(torch.cat(worse)), labels))
+    assert row["nll"] == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", ["normalised", "bytes", "above", "nan"])
+def test_images_out_of_range(shift: str) -> None:
+    x = {
+        "normalised": (X - 0.5) / 0.25, "bytes": 255 * X, "above": 1.01 * X / X.max(),
+        "nan": X.where(X < 0.9, math.nan),
+    }[shift]  # fmt: skip
+    batch = x, torch.zeros(5, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match=r"degrade: images: expected images in \[0, 1\].*transform="
+    ):
+        degrade(x, "blur", 1)
+    with pytest.raises(
+        ValueError, match=r"report: loader: expected images in \[0, 1\].*transform="
+    ):
+        degradation_report({"a": Brightness()}, [batch])
+    degrade((X / X.max()).nextafter(torch.tensor(2.0, dtype=X.dtype)), "blur", 1)  # rounding
+
+
 def test_errors() -> None:
     net, batch = Brightness(), (torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+
+    def report(loader: Any, **options: Any) -> Any:
+        return lambda: degradation_report({"a": net}, loader, **options)
+
     for run, kind, text in (
         (lambda: degrade(X, "fog", 1), ValueError, "kind: expected one of"),
         (lambda: degrade(X, "blur", 6), ValueError, "severity: expected an int from 0 to 5"),
@@ -130,7 +234,25 @@ def test_errors() -> None:
         (lambda: degradation_report({}, [batch]), ValueError, "models: expected networks by name"),
         (lambda: degradation_report({"a": net}, []), ValueError, "loader: expected one batch"),
         (lambda: degradation_report({"a": nn.Flatten(0)}, [batch]), ValueError,
-         r"models: expected logits \[2, C\], got .* from 'a'"),
+         r"models: expected logits \[2, C\], .*, got .* from 'a'"),
+        (report([(batch[0], torch.tensor([0, 2]))]), ValueError, "C > 2 for the labels, got"),
+        (report([(batch[0], batch[1][:1])]), ValueError, r"loader: .*labels \[1\] for 2 images"),
+        (report([(batch[0], batch[1] - 1)]), ValueError, "loader: .*got a label -1"),
+        (report([(batch[0], batch[1].float())]), TypeError, "loader: .*labels torch.float32"),
+        (report([(batch[0].long(), batch[1])]), TypeError, "loader: expected a floating tensor"),
+        (report([(*batch, batch[1])]), TypeError, "loader: expected batches .*got 3 items"),
+        (report(batch), TypeError, "loader: expected batches .*got Tensor"),
+        (report(None), TypeError, "loader: expected batches .*got NoneType"),
+        (report([(batch[0][:0], batch[1][:0])]), ValueError, "loader: expected one batch at least"),
+        (report([batch], kinds=[]), ValueError, r"kinds: expected one at least, got \[\]"),
+        (report([batch], kinds="noise"), TypeError, "kinds: expected a list of kinds"),
+        (report([batch], kinds=["fog"]), ValueError, r"report: kinds: expected one of .*'fog'"),
+        (report([batch], severities=[]), ValueError, "severities: expected one at least"),
+        (report([batch], severities=3), TypeError, "severities: expected a list of severities"),
+        (report([batch], severities=[True]), ValueError, "report: severities: expected an int"),
+        (lambda: degradation_report(net, [batch]), TypeError, "models: expected networks by name"),
+        (lambda: degradation_report({"a": net, "b": net.forward}, [batch]), TypeError,
+         "models: expected networks by name, each an nn.Module, got method of name 'b'"),
     ):  # fmt: skip
         with pytest.raises(kind, match=text):
             run()

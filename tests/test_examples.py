@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def tested_in_eval_mode() -> Iterator[None]:
+    """More images than a batch are the test images: in eval mode, without gradients."""
+    seen: list[bool] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        if any(len(x) > 64 for x in args if isinstance(x, Tensor)):
+            seen.append(module.training or torch.is_grad_enabled())
+
+    hook = register_module_forward_pre_hook(look)
+    yield
+    hook.remove()
+    assert seen
+    assert not any(seen)
 
 
 def test_distil_digits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -85,7 +85,54 @@ def test_copies_are_frozen_too(how: str) -> None:
     assert not other[0][1].training
     assert other[1][1].training
     other[0][1].eval()
-    assert vars(other[0][1])["train"].args[0] is other[0][1]  # its own, not the original's
+    assert vars(other[0][1])["train"].module is other[0][1]  # its own, not the original's
+    again = freeze(other, ["0", "1"])
+    again.remove()
+    assert [m.training for m in (other.train()[0][1], other[1][1])] == [False, True]
+    assert [p.requires_grad for p in (other[0][0].weight, other[1][0].weight)] == [False, True]
+
+
+def test_a_copy_with_its_handle_comes_back() -> None:
+    model = network()
+    frozen = freeze(model, ["0"])
+    other, handle = copy.deepcopy((model, frozen))
+    handle.remove()
+    assert all(m.training for m in other.train().modules())
+    assert all(p.requires_grad for p in other.parameters())
+    assert not any(m.training for m in model.train()[0].modules())
+    assert not any(p.requires_grad for p in model[0].parameters())
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_layers_that_are_frozen_several_times(order: tuple[int, ...]) -> None:
+    """Each stays as it is until the last of those that hold it is removed."""
+    model = network()
+    names = [["0", "1"], ["0"], ["0.1", "1.0"]]
+    handles = [freeze(model, layers) for layers in names]
+    left = {0, 1, 2}
+    for i in order:
+        handles[i].remove()
+        handles[i].remove()  # counts once
+        left.remove(i)
+        held = [name for k in left for name in names[k]]
+        model.train()
+        for name, module in model.named_modules():
+            stays = any(name == h or name.startswith(f"{h}.") for h in held)
+            assert module.training != stays
+            assert all(p.requires_grad != stays for p in module.parameters(recurse=False))
+    assert not any("train" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_tied_layers_stay_while_one_of_them_does(first: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    handles = [freeze(model, ["0"]), freeze(model, ["1"])]
+    handles[first].remove()
+    assert not model[0].weight.requires_grad
+    assert model[first].bias.requires_grad
+    handles[1 - first].remove()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_wrappers_and_compile() -> None:

@@ -150,6 +150,25 @@ def test_the_table_names_every_loss_and_meter_and_command() -> None:
     assert kinds | {digits.Settings().kind} == set(digits.KINDS)
 
 
+@pytest.mark.parametrize("missing", ["images.requires_grad_()", "no_grad"])
+@pytest.mark.parametrize("of", ["GradientAttentionTransfer", 'JacobianMatching(of="label")'])
+def test_what_is_said_of_losses_by_the_image(of: str, missing: str) -> None:
+    """In the plain loop, without what the text under the table asks for, they raise."""
+    section = README.split("\n## Methods\n")[1].split("\n## ")[0]
+    assert missing in section.split("|")[-1]
+    (line,) = (row[1].strip("`") for row in METHODS if of in row[1])
+    names = _names()
+    images = names["images"].detach().requires_grad_(missing == "no_grad")
+    student, teacher = names["student"], names["teacher"]
+    with torch.set_grad_enabled(missing != "no_grad"):
+        names["teacher_logits"] = teacher(images)
+    names |= {"images": images, "logits": student(images)}
+    for side in ("", "teacher_"):
+        names[f"{side}loss"] = F.cross_entropy(names[f"{side}logits"], names["labels"])
+    with pytest.raises((ValueError, RuntimeError), match=r"lwkd\.losses\."):
+        eval(line, names)
+
+
 def test_links_lead_somewhere():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links

@@ -49,6 +49,22 @@ def test_it_is_put_in_eval_mode_and_said_once(op: str) -> None:
             assert not teacher.training  # again, without a word
 
 
+@pytest.mark.parametrize("op", BLOCKS)
+def test_a_module_of_it_in_train_mode(op: str) -> None:
+    """The teacher itself is in eval mode, one BatchNorm in it is not."""
+    student, teacher = network(4), network(4).eval()
+    teacher[1].train()
+    pairs = pair_layers(student, teacher, ["0"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with BLOCKS[op](pairs):
+            assert not any(m.training for m in teacher.modules())
+            _ = [net(torch.rand(2, 1, 8, 8)) for net in (student, teacher)]
+    assert len(said) == 1
+    assert re.match(rf"lwkd\.{op}: teacher \(layer '1'\): .*train mode", str(said[0].message))
+    assert int(teacher[1].num_batches_tracked) == 0
+
+
 def test_a_teacher_that_is_trained_too() -> None:
     student, teacher = network(4), network(4)
     pairs = pair_layers(student, teacher, ["0", "2"], teacher_trains=True)
@@ -72,6 +88,9 @@ def test_what_the_student_shares_stays_in_train_mode() -> None:
         pairs.capture()
     assert [m.training for m in teacher] == [True] * 5 + [False]
     assert all(m.training for m in student.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs.capture()  # in train mode is only what the student shares
     holder = nn.ModuleDict({"own": network(4), "teacher": network(4)})
     pairs = pair_layers(holder, holder["teacher"], [("own.0", "0")])
     with warnings.catch_warnings():

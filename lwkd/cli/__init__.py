@@ -15,7 +15,7 @@ from lwkd.ops.checks import suggest
 
 COMMANDS = {
     "demo": "distil a small network on bundled images, with one rate and with a rate per layer",
-    "transfer": "fine-tune a small network on a few bundled images, by DELTA or TL+KD",
+    "transfer": "fine-tune a small network on a few bundled images, by a transfer method",
     "info": "show versions, and which backend serves which op on which device, and why not",
     "doctor": "run every backend against float64; exit with 1 on a difference",
     "bench": "time the ops on this machine against plain PyTorch and torch.compile",

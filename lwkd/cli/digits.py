@@ -179,7 +179,7 @@ def accuracy(network: nn.Module, data: Batch) -> float:
 def fresh(widths: Sequence[int], seed: int, device: str, classes: int = 10) -> Network:
     """Return a network whose weights depend on nothing but the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # and no GPU's
         return Network(widths, classes).to(device)
 
 

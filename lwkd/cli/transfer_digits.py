@@ -119,7 +119,7 @@ def with_new_head(network: Network, seed: int) -> Network:
     """Return a copy of a network under a head that knows nothing."""
     student = copy.deepcopy(network).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # and no GPU's
         head = nn.Linear(student.head.in_features, 5)
     student.head = head.to(student.head.weight.device)
     return student

@@ -33,14 +33,14 @@ class TeacherLogits(Dataset[tuple[Any, Any, Tensor]]):
     Args:
         dataset: Items (x, y) by index 0 … len − 1, x a floating tensor.
         teacher: The network; wrappers are looked through.
-        seeds: None: items are the same every time. An int: item i of view v is drawn with torch's,
-            Python's and NumPy's generators seeded from (seeds, v, i), and these restored.
+        seeds: None: items are the same every time. An int: item i of view v is drawn with torch's
+            CPU, Python's and NumPy's generator seeded from (seeds, v, i), and these restored.
         views: How many augmentations of an item to keep, with ``seeds``.
         batch_size: Of the teacher's forward passes.
 
     Raises:
-        ValueError: An empty data set, random augmentation without ``seeds``, views without seeds,
-            an argument out of range, logits that are not [N, C] or not finite.
+        ValueError: An empty data set, random augmentation without ``seeds`` or on a GPU, views
+            without seeds, an argument out of range, logits that are not [N, C] or not finite.
         TypeError: A data set without a length, items that are no (tensor, target).
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -118,6 +118,8 @@ class TeacherLogits(Dataset[tuple[Any, Any, Tensor]]):
             marks = [_mark(self._item(0, index)[0]) for _ in "12"]
             if not _same(*marks):
                 expected = "items that are the same every time, or seeds= to draw them from"
+                if self._seeds is not None:
+                    expected = "items drawn by torch's CPU, Python's or NumPy's generator"
                 got = f"item {index}, which is another one the second time"
                 raise ValueError(message(_OP, "dataset", expected, got))
 
@@ -149,11 +151,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, Python's and, where it is loaded, NumPy's generator, and restore them."""
+    """Seed torch's CPU, Python's and, where loaded, NumPy's generator, and restore them."""
     numpy: Any = sys.modules.get("numpy")
     python, arrays = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
+        torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed: the GPUs' too
         random.seed(seed)
         if numpy:
             numpy.random.seed(seed % 2**32)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from lwkd import cli
-from lwkd.cli import transfer_digits
+from lwkd.cli import digits, transfer_digits
 
 
 @pytest.mark.parametrize("method", transfer_digits.METHODS)
@@ -38,6 +39,19 @@ def test_arms_start_alike() -> None:
              for arm in transfer_digits.ARMS]  # fmt: skip
     assert first[0] == first[1] == first[2] == [0.0] * 3  # copies of their source
     assert len(result.accuracy_rows) == 2 * 3
+
+
+def test_weights_are_of_the_seed_and_no_generator_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    state = torch.get_rng_state()
+    first, again = (digits.fresh((2, 2, 2), 3, "cpu") for _ in "12")
+    assert torch.equal(first.stage1[0].weight, again.stage1[0].weight)
+    heads = [transfer_digits.with_new_head(first, seed).head.weight for seed in (5, 5, 6)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seeded == []
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,26 @@ def test_augmentation_from_seeds() -> None:
     assert not torch.equal(TeacherLogits(Augmented(), net, seeds=8)[4][0], views[0][4])
 
 
+def test_the_generators_of_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    net = teacher()
+    assert seeded == [0]  # torch.manual_seed is seen
+    TeacherLogits(Augmented(), net, seeds=7)[0]
+    assert seeded == [0]
+
+
+def test_augmentation_that_seeds_do_not_reach() -> None:
+    generator = torch.Generator()
+
+    class Own(Augmented):
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            return X[i] * torch.rand((), generator=generator), Y[i]
+
+    with pytest.raises(ValueError, match="dataset: expected items drawn by torch's CPU, Python's"):
+        TeacherLogits(Own(), teacher(), seeds=7)
+
+
 def test_numpys_generator_is_seeded_too() -> None:
     numpy = pytest.importorskip("numpy")
 
