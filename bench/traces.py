@@ -5,9 +5,10 @@
 
 A method's probes cost time and have a variance, layer by layer: a relative standard error of 5 %
 takes variance / (0.05 · trace)² of them, and one at least, after what comes before the first (a
-graph, a test). The traces themselves are exact where outputs are linear in the layers, else the
-mean of 32 probes of the least noisy method. Methods of other libraries are measured where these are
-installed (PyHessian, curvlinops, BackPACK).
+graph, a test). Methods of one estimator have one variance, whoever draws its probes: it is pooled
+over their samples, so that chance makes none of them faster. The traces themselves are exact where
+outputs are linear in the layers, else the mean of 32 probes of the least noisy method. Methods of
+other libraries are measured where these are installed (PyHessian, curvlinops, BackPACK).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from math import sqrt
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ from bench.transfer import rows
 from lwkd import hessian_trace
 
 WANTED = 0.05  # relative standard error
-ROUNDS = 3  # of a method's probes, to time them
+ROUNDS = 3  # of one probe, to time what comes before it
+AT_ONCE = 4  # probes, where several go through a second backward pass together
 OURS = ("auto", "gauss_newton", "split", "block", "hutchinson")
 
 
@@ -56,6 +59,7 @@ class Method(NamedTuple):
     name: str
     run: Callable[[int, int], Tensor]  # (probes, seed)
     probes: int
+    estimator: list[str]  # of every layer
 
 
 # Title, samples, their shape.
@@ -83,10 +87,10 @@ def problem_of(name: str, n: int, shape: tuple[int, ...]) -> Problem:
 # --- methods -------------------------------------------------------------------------------------
 
 
-def ours(problem: Problem, estimator: str, probes: int, seed: int) -> Tensor:
+def ours(problem: Problem, estimator: str, probes: int, seed: int, chunk: int = 1) -> Tensor:
     return hessian_trace(
         problem.net, F.cross_entropy, problem.batch, problem.layers, estimator=estimator,
-        probes=probes, seed=seed,
+        probes=probes, seed=seed, chunk=chunk,
     ).samples  # fmt: skip
 
 
@@ -158,19 +162,34 @@ def methods(problem: Problem) -> list[Method]:
     there = importlib.util.find_spec
     # Elsewhere the Gauss–Newton trace is another number; here split has nothing left to split.
     own = [name for name in OURS if name != ("split" if problem.linear else "gauss_newton")]
-    found = [Method(f"lwkd {name}", partial(ours, problem, name), 16) for name in own]
+    found = []
+
+    def add(name: str, run: Callable[[int, int], Tensor], probes: int, estimator: str) -> None:
+        every = [estimator] * len(problem.layers)
+        found.append(Method(name, run, probes, _chosen(problem) if name == "lwkd auto" else every))
+
+    for name in own:
+        add(f"lwkd {name}", partial(ours, problem, name), 16, name)
+    several = partial(ours, problem, "block", chunk=AT_ONCE)
+    add(f"lwkd block, chunk={AT_ONCE}", several, 16, "block")
     if problem.linear:
-        found.append(Method("lwkd exact", lambda *_: _exact(problem)[None], 0))
-    found.append(Method("joint probes (PyHessian)", partial(joint, problem), 16))
+        add("lwkd exact", lambda *_: _exact(problem)[None], 0, "exact")
+    add("joint probes (PyHessian)", partial(joint, problem), 16, "hutchinson")
     if there("curvlinops"):
         probes = 4 if problem.linear else 16  # as long as ours where that is the comparison
-        found.append(Method("curvlinops, a block a layer", partial(curvlinops, problem), probes))
+        add("curvlinops, a block a layer", partial(curvlinops, problem), probes, "block")
     if there("backpack"):
-        found.append(Method("BackPACK DiagHessian", partial(backpack, problem, "diag_h"), 0))
+        add("BackPACK DiagHessian", partial(backpack, problem, "diag_h"), 0, "exact")
         if problem.linear:
             run = partial(backpack, problem, "diag_ggn_mc")
-            found.append(Method("BackPACK DiagGGN-MC", run, 16))
+            add("BackPACK DiagGGN-MC", run, 16, "gauss_newton by classes")
     return found
+
+
+def _chosen(problem: Problem) -> list[str]:
+    return hessian_trace(
+        problem.net, F.cross_entropy, problem.batch, problem.layers, probes=1
+    ).estimator  # fmt: skip
 
 
 def _exact(problem: Problem) -> Tensor:
@@ -190,25 +209,26 @@ def study(seeds: int) -> Iterator[rows.Row]:
         for method in methods(problem):
             try:
                 method.run(min(method.probes, 1), 0)  # warm
-                samples = [method.run(method.probes, seed) for seed in range(seeds)]
-                one = _seconds(partial(method.run, min(method.probes, 1), 0))
-                many = _seconds(partial(method.run, method.probes, 0)) if method.probes else one
+                one = _timed([partial(method.run, min(method.probes, 1), 0)] * ROUNDS)[0]
+                every = [partial(method.run, method.probes, seed) for seed in range(seeds)]
+                many, samples = _timed(every)
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                yield {"network": problem.title, "arm": method.name, "seconds": None, "why": why}
+                yield {"network": problem.title, "arm": method.name, "why": why}
                 continue
             yield {"model": _processor(), "threads": torch.get_num_threads()} | _row(
                 problem, method, torch.cat(samples), one, many, want
             )
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(ROUNDS):
+def _timed(calls: list[Callable[[], Tensor]]) -> tuple[float, list[Tensor]]:
+    """The median of their seconds, and what they return."""
+    times, found = [], []
+    for call in calls:
         start = time.perf_counter()
-        run()
+        found.append(call())
         times.append(time.perf_counter() - start)
-    return median(times)
+    return median(times), found
 
 
 def _row(
@@ -217,19 +237,42 @@ def _row(
     """``one``, ``many``: seconds of one probe and of all, with what comes before the first."""
     off = ((samples.mean(0) - want).abs() / want.abs()).tolist()
     if method.probes == 0:
-        needed, spread = [1.0] * len(want), [0.0] * len(want)
-        each, before = one, 0.0
+        spread, each, before = [0.0] * len(want), one, 0.0
     else:
         spread = (samples.std(0) / want.abs()).tolist()
-        needed = [max(1.0, (s / WANTED) ** 2) for s in spread]
         each = (many - one) / (method.probes - 1)
         before = max(one - each, 0.0)
     return {
-        "network": problem.title, "arm": method.name, "seconds": before + max(needed) * each,
-        "seconds_before": before, "seconds_a_probe": each, "probes": max(needed),
-        "layers": len(want),
+        "network": problem.title, "arm": method.name, "seconds_before": before,
+        "seconds_a_probe": each, "estimator": method.estimator, "draws": len(samples),
         "spread": [round(s, 4) for s in spread], "off": [round(o, 4) for o in off],
     }  # fmt: skip
+
+
+class Time(NamedTuple):
+    """To 5 % on every layer."""
+
+    seconds: float
+    probes: float
+    spread: list[float]  # of every layer, pooled
+
+
+def times(own: list[rows.Row]) -> dict[str, Time]:
+    """How long each method of one network takes, of those that run."""
+    ran = [r for r in own if "why" not in r]
+    squares: dict[tuple[int, str], float] = {}
+    draws: dict[tuple[int, str], int] = {}
+    for r in ran:
+        for key, s in zip(enumerate(r["estimator"]), r["spread"], strict=True):
+            squares[key] = squares.get(key, 0.0) + (r["draws"] - 1) * s**2
+            draws[key] = draws.get(key, 0) + r["draws"] - 1
+    found = {}
+    for r in ran:
+        spread = [sqrt(squares[k] / max(draws[k], 1)) for k in enumerate(r["estimator"])]
+        probes = max(1.0, (max(spread) / WANTED) ** 2)
+        seconds = r["seconds_before"] + probes * r["seconds_a_probe"]
+        found[r["arm"]] = Time(seconds, probes, spread)
+    return found
 
 
 def table(found: list[rows.Row]) -> str:
@@ -241,18 +284,19 @@ def table(found: list[rows.Row]) -> str:
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for network in dict.fromkeys(r["network"] for r in found):
-        own = {r["arm"]: r for r in found if r["network"] == network}
-        base = own["lwkd auto"]["seconds"]
-        for arm, r in own.items():
-            if r["seconds"] is None:
+        own = [r for r in found if r["network"] == network]
+        taken = times(own)
+        for r in own:
+            start = f"| {network} | {r['arm']} |"
+            if "why" in r:
                 why = r["why"].split(":")[0]
-                lines.append(f"| {network} | {arm} | – | – | – | – | does not run ({why}) | – |")
+                lines.append(f"{start} – | – | – | – | does not run ({why}) | – |")
                 continue
+            t = taken[r["arm"]]
             lines.append(
-                f"| {network} | {arm} | {1e3 * r['seconds_before']:.0f} | "
-                f"{1e3 * r['seconds_a_probe']:.1f} | "
-                f"{min(r['spread']):.2f} to {max(r['spread']):.2f} | {r['probes']:,.0f} | "
-                f"{_time(r['seconds'])} | {r['seconds'] / base:,.3g} × |"
+                f"{start} {1e3 * r['seconds_before']:.0f} | {1e3 * r['seconds_a_probe']:.1f} | "
+                f"{min(t.spread):.2f} to {max(t.spread):.2f} | {t.probes:,.0f} | "
+                f"{_time(t.seconds)} | {t.seconds / taken['lwkd auto'].seconds:,.3g} × |"
             )
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwkd.curvature.convolution import Convolutions
@@ -166,13 +167,23 @@ class Graph:
         return grads
 
     def again(self, grads: Any, wrt: Sequence[Tensor], weights: Any, *, many: bool = False) -> Any:
-        """Second derivatives of ⟨weights, grads⟩ by some parameters."""
+        """Second derivatives of ⟨weights, grads⟩ by some parameters; many: weights [K, ...]."""
         self._about(wrt)
-        return self._twice(
-            lambda: torch.autograd.grad(
-                grads, wrt, weights, retain_graph=True, allow_unused=True, is_grads_batched=many
-            )
-        )
+
+        def one(own: Any) -> Any:
+            return torch.autograd.grad(grads, wrt, own, retain_graph=True, allow_unused=True)
+
+        if not many:
+            return self._twice(lambda: one(weights))
+        there: list[bool] = []
+
+        def dense(*own: Tensor) -> tuple[Tensor, ...]:
+            found = one(own)
+            there[:] = [h is not None for h in found]
+            return tuple(h for h in found if h is not None)
+
+        found = iter(self._twice(lambda: vmap(dense)(*weights)))
+        return [next(found) if h else None for h in there]
 
     def _about(self, wrt: Sequence[Tensor]) -> None:
         """Say which parameters the next backward pass is about."""
