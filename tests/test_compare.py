@@ -12,7 +12,7 @@ import pytest
 
 from bench import accuracy, compare, traces
 from bench.cases import CPU_CASES, STEP_CASE
-from bench.transfer import jacobian, methods, policies, rows
+from bench.transfer import curvature, jacobian, methods, policies, rows
 from lwkd.cli import digits
 
 Row = dict[str, Any]
@@ -151,7 +151,7 @@ def test_the_readme_shows_what_was_recorded() -> None:
     assert compare.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize("study", [policies, jacobian, methods])
+@pytest.mark.parametrize("study", [policies, jacobian, methods, curvature])
 def test_the_tables_of_studies_are_those_of_the_recorded_rows(study: ModuleType) -> None:
     name = study.__name__.rpartition(".")[2]
     found = rows.read(ROOT / f"bench/transfer/results/{name}.jsonl")
