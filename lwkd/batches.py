@@ -10,7 +10,7 @@ from torch import Tensor
 from lwkd.ops.checks import message
 
 
-def batches_of(op: str, batch: Any) -> Iterator[tuple[Any, Any]]:
+def batches_of(op: str, batch: Any, argument: str = "batch") -> Iterator[tuple[Any, Any]]:
     """(inputs, target), of one batch or of an iterable of such.
 
     A tuple of two is one batch, and so is a list of two that are not both tuples or lists: what a
@@ -24,10 +24,10 @@ def batches_of(op: str, batch: Any) -> Iterator[tuple[Any, Any]]:
         return
     expected = "(inputs, target) or an iterable of such"
     if isinstance(batch, (Tensor, str, dict)) or not hasattr(batch, "__iter__"):
-        raise TypeError(message(op, "batch", expected, type(batch).__name__))
+        raise TypeError(message(op, argument, expected, type(batch).__name__))
     for item in batch:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise TypeError(message(op, "batch", expected, f"an item {type(item).__name__}"))
+            raise TypeError(message(op, argument, expected, f"an item {type(item).__name__}"))
         yield item[0], item[1]
 
 

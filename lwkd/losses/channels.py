@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,18 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lwkd.batches import batches_of, size_of
 from lwkd.hooks import first_tensor, run, untouched
+from lwkd.losses.layers import channel_axis, check_channel_dim
+from lwkd.losses.replay import Recording
 from lwkd.names import find_layers, unwrap
 from lwkd.ops.checks import choice, message, number
 
 _OP = "losses.channel_importance"
 _ROOM = 1 << 26  # bytes of a layer's outputs for the channels that are left out together
-_FILTERS = (
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    nn.GroupNorm, nn.LayerNorm,
-)  # fmt: skip
+# Layers with a filter a channel, and where their channels are. Not their subclasses, which may have
+# them elsewhere, as a LayerNorm2d has.
+_FILTERS: dict[type[nn.Module], int] = {
+    **dict.fromkeys((nn.Linear, nn.LayerNorm, nn.RMSNorm), -1),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm), 1),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), 1),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), 1),
+}
 
 
 class ChannelImportance(NamedTuple):
@@ -51,16 +58,18 @@ def channel_importance(
     batches: int | None = None,
     chunk: int | None = None,
     temperature: float = 5.0,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
 ) -> ChannelImportance:
     """Weigh the channels of some layers by how much the loss rises without them.
 
-    Without channel c: the weights of its filter are 0, so that its output is its bias (linear,
-    convolution and norm layers), or its output is 0 (any other module). With the rise r_c,
-    ``w = softmax(z/5)``, z = (r − mean r)/std r by layer; where all rises are equal, 1/C.
+    Without channel c: the weights of its filter are 0, so that its output is its bias (torch's
+    linear layers, convolutions, and batch, group, layer and RMS norms), or its output is 0 (any
+    other module, also of a subclass). With the rise r_c, ``w = softmax(z/5)``,
+    z = (r − mean r)/std r by layer; where all rises are equal, 1/C.
 
-    * "ablation": r_c is measured, a forward pass a channel, as in the paper. What is below the
-      layer is run once for ``chunk`` channels, and these go through what is above it together;
+    * "ablation": r_c is measured, a forward pass a channel, as in the paper. ``chunk`` channels go
+      through what is above the layer together. What is below it does not run again for every
+      chunk, for its outputs are kept, unless the loss would not be the same that way;
     * "first_order": r_c ≈ −∂loss/∂s_c, s_c a factor on the channel at 1: one backward pass for all
       channels of all layers [Molchanov et al. 2017].
 
@@ -80,15 +89,17 @@ def channel_importance(
         chunk: Channels at once, which takes that many times the memory of what is above the layer;
             None: as many as keep the layer's outputs below 64 MiB.
         temperature: 5 in the authors' code.
-        channel_dim: Where the channels are in the layers' outputs; of linear layers and layer norms
-            they are last.
+        channel_dim: Where the channels are in the layers' outputs. None means 1 for [N, C] and for
+            four or more dimensions; three dimensions must say (1: [N, C, L], −1: tokens [N, T, C]).
+            Of the layers named above it is known: of linear layers, layer and RMS norms they are
+            last, else 1.
 
     Returns:
         A :class:`ChannelImportance`, on the network's device.
 
     Raises:
         ValueError: Unknown layers, an argument out of range, no batches, a loss that is no scalar
-            or not finite, a layer that does not run.
+            or not finite, a layer that does not run, or whose channels are elsewhere.
         TypeError: Layers that are no list, a layer that returns no tensor, batches of another kind.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
@@ -102,6 +113,7 @@ def channel_importance(
     for name, value in (("chunk", chunk), ("batches", batches)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(message(_OP, name, "an int ≥ 1", repr(value)))
+    check_channel_dim(_OP, channel_dim)
     network = unwrap(model)
     modules = find_layers(_OP, "layers", network, layers)
     if not modules:
@@ -110,16 +122,18 @@ def channel_importance(
     total: list[Tensor] = []
     loss, count = 0.0, 0
     with untouched(network):
-        for inputs, target in islice(batches_of(_OP, loader), batches):
+        for inputs, target in islice(batches_of(_OP, loader, "loader"), batches):
+            n = size_of(inputs)
+            if not n:
+                continue
             problem = _Problem(network, loss_fn, inputs, target, channel_dim)
             base, shapes = problem.base(modules)
-            n = size_of(inputs)
             rises = measure(problem, modules, shapes, base, chunk)
             own = [n * rise for rise in rises]
             total = [a + b for a, b in zip(total, own, strict=True)] if total else own
             loss, count = loss + n * float(base), count + n
     if not count:
-        raise ValueError(message(_OP, "loader", "one batch at least", "none"))
+        raise ValueError(message(_OP, "loader", "one batch at least, not empty", "none"))
     rise = {name: t / count for name, t in zip(modules, total, strict=True)}
     weights = {name: _softmax(r, temperature) for name, r in rise.items()}
     return ChannelImportance(weights, rise, loss / count)
@@ -143,7 +157,7 @@ class _Problem:
 
     def __init__(
         self, network: nn.Module, loss_fn: Callable[..., Tensor], inputs: Any, target: Any,
-        channel_dim: int,
+        channel_dim: int | None,
     ) -> None:  # fmt: skip
         self._network, self._loss_fn, self._channel_dim = network, loss_fn, channel_dim
         self._inputs = inputs
@@ -159,9 +173,10 @@ class _Problem:
             return self._run()
 
     def base(self, modules: Mapping[str, nn.Module]) -> tuple[Tensor, list[_Shape]]:
-        """The loss as it is, and what each module puts out."""
+        """The loss as it is, and what each module puts out; what is below them is recorded."""
         shapes: dict[str, _Shape] = {}
-        with ExitStack() as stack:
+        self.below = Recording(modules.values())
+        with self.below.watch(self._network), ExitStack() as stack:
             for name, module in modules.items():
                 hook = partial(self._look, shapes, name)
                 stack.callback(module.register_forward_hook(hook).remove)
@@ -178,31 +193,46 @@ class _Problem:
 
     def _run(self) -> Any:
         output = run(_OP, self._network, self._inputs, "model", "loader")
-        return self._loss_fn(output, self._target)
+        return self._loss_fn(_wide(output), _wide(self._target))
 
     def _look(
         self, shapes: dict[str, _Shape], name: str, module: nn.Module, _: Any, output: Any
     ) -> None:
         x = first_tensor(output)
-        dim = self._dim(module)
-        if x is None or not x.is_floating_point() or not -x.dim() <= dim < x.dim():
-            got = type(output).__name__ if x is None else f"{x.dtype} {list(x.shape)}"
-            expected = f"a floating tensor with channels in dimension {dim}"
+        if x is None or not x.is_floating_point():
+            got = type(output).__name__ if x is None else x.dtype
+            expected = "a layer that puts out a floating tensor"
             raise TypeError(message(_OP, "layers", expected, got, layer=name))
+        dim, bias = self._dim(module, x, name), _bias(module)
+        if bias is not None and list(bias.shape) != [x.shape[dim]]:
+            expected = f"a bias of {x.shape[dim]} channels, those of dimension {dim} of its output"
+            raise ValueError(message(_OP, "layers", expected, list(bias.shape), layer=name))
         shapes[name] = _Shape(x.shape[dim], x.numel() * x.element_size())
 
-    def _dim(self, module: nn.Module) -> int:
-        return -1 if isinstance(module, (nn.Linear, nn.LayerNorm)) else self._channel_dim
+    def _dim(self, module: nn.Module, x: Tensor, name: str | None = None) -> int:
+        known = _FILTERS.get(type_before_parametrizations(module), self._channel_dim)
+        return channel_axis(_OP, "layers", x, known, name)
 
     def _scale(self, scale: Tensor, module: nn.Module, _: Any, output: Any) -> Any:
         x = first_tensor(output)
         assert x is not None  # base has seen to it
         shape = [1] * x.dim()
-        shape[self._dim(module)] = -1
-        factor = scale.to(x.dtype).reshape(shape)
-        bias = module.bias if isinstance(module, _FILTERS) else None
+        shape[self._dim(module, x)] = -1
+        factor, bias = scale.to(x.dtype).reshape(shape), _bias(module)
         x = x * factor if bias is None else x * factor + bias.reshape(shape) * (1 - factor)
         return x if isinstance(output, Tensor) else type(output)((x, *output[1:]))
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    """What is left of a layer's output without its filters."""
+    filters = type_before_parametrizations(module) in _FILTERS
+    return getattr(module, "bias", None) if filters else None
+
+
+def _wide(x: Any) -> Any:
+    """Float32 for half precision, in which few losses are distinct."""
+    half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if half else x
 
 
 def _ablations(
@@ -215,15 +245,36 @@ def _ablations(
         loss = partial(_without, problem, {name: module})
         scales = 1 - torch.eye(shape.channels, device=base.device)
         at_once = chunk or max(1, min(shape.channels, _ROOM // max(shape.bytes, 1)))
-        try:
-            losses = vmap(loss, chunk_size=at_once)(scales)
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            text = f"one channel at a time, for what is above cannot take several at once: {why}"
-            warnings.warn(f"lwkd.{_OP}: layers (layer {name!r}): {text}", stacklevel=3)
-            losses = torch.stack([loss(scale) for scale in scales])
+        below: Callable[[], AbstractContextManager[None]] = partial(problem.below.replay, module)
+        if at_once >= shape.channels or not _same(loss, torch.ones_like(scales[0]), base, below):
+            below = nullcontext
+        with below():
+            try:
+                losses = vmap(loss, chunk_size=at_once)(scales)
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                text = "one channel at a time, for what is above cannot take several at once"
+                warnings.warn(f"lwkd.{_OP}: layers (layer {name!r}): {text}: {why}", stacklevel=3)
+                losses = torch.stack([loss(scale) for scale in scales])
         rises.append(losses.double() - base.double())
     return rises
+
+
+def _same(
+    loss: Callable[[Tensor], Tensor], ones: Tensor, base: Tensor,
+    below: Callable[[], AbstractContextManager[None]],
+) -> bool:  # fmt: skip
+    """Tell whether the loss stays as it is without what is below: a module may do more than return.
+
+    Such as changing its input in place, or what another one returned.
+    """
+    try:
+        with below():
+            found = loss(ones)
+    except Exception:  # of whatever kind, from a network that misses something
+        return False
+    eps = torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0
+    return bool((found - base).abs() <= min(16 * eps, 1e-6) * base.abs())
 
 
 def _without(problem: _Problem, module: Mapping[str, nn.Module], scale: Tensor) -> Tensor:
@@ -238,5 +289,8 @@ def _slopes(
     """The same to first order."""
     with torch.enable_grad():
         scales = [base.new_ones(shape.channels).requires_grad_() for shape in shapes]
-        grads = torch.autograd.grad(problem.loss(modules, scales), scales)
+        loss = problem.loss(modules, scales)
+        if not loss.requires_grad:  # it uses none of them
+            return [torch.zeros_like(scale, dtype=torch.float64) for scale in scales]
+        grads = torch.autograd.grad(loss, scales, allow_unused=True, materialize_grads=True)
     return [-g.double() for g in grads]

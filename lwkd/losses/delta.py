@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lwkd.losses.layers import check_count
+from lwkd.losses.layers import channel_axis, check_channel_dim, check_count
 from lwkd.losses.terms import LossTerms
 from lwkd.ops.checks import choice, message, number
 
@@ -33,10 +33,12 @@ class DELTA(nn.Module):
             channels (a mapping), or without (a list: all channels count alike).
         alpha: α ≥ 0.
         reduction: "mean" or "sum" over the batch, of ``total``.
-        channel_dim: Where the channels are: 1 for [N, C, *space], −1 for tokens [N, T, C].
+        channel_dim: Where the channels are. None means 1 for [N, C] and for four or more
+            dimensions; three dimensions must say (1: [N, C, L], −1: tokens [N, T, C]).
 
     Attributes:
-        layers: The names, for ``pair_layers(student, source, loss.layers)``.
+        layers: The names, for ``pair_layers(student, source, loss.layers)``. In the ``state_dict``
+            the weights of layer "a.b" are "weights_a/b".
 
     Raises:
         ValueError: No layers, alpha, reduction or channel_dim out of range, weights that are not
@@ -57,13 +59,12 @@ class DELTA(nn.Module):
         *,
         alpha: float = 0.01,
         reduction: str = "mean",
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
     ) -> None:
         super().__init__()
         number(_OP, "alpha", alpha, "a finite number ≥ 0", lambda v: 0 <= v < math.inf)
         choice(_OP, "reduction", reduction, ("mean", "sum"))
-        if type(channel_dim) is not int or channel_dim == 0:
-            raise ValueError(message(_OP, "channel_dim", "an int but 0", repr(channel_dim)))
+        check_channel_dim(_OP, channel_dim)
         if isinstance(layers, str) or not isinstance(layers, (Mapping, Sequence)):
             expected = "names of layers, or {name: weights [C]}"
             raise TypeError(message(_OP, "layers", expected, repr(layers)))
@@ -71,12 +72,12 @@ class DELTA(nn.Module):
             raise ValueError(message(_OP, "layers", "one name at least", repr(layers)))
         self.alpha, self.reduction, self.channel_dim = float(alpha), reduction, channel_dim
         self.layers = list(layers)
-        for i, name in enumerate(self.layers):
+        for name in self.layers:
             weights = layers[name] if isinstance(layers, Mapping) else None
             if weights is not None:
                 _check_weights(name, weights)
                 weights = weights.detach().clone()
-            self.register_buffer(f"weights_{i}", weights)
+            self.register_buffer(_buffer(name), weights)
 
     def forward(self, student: Sequence[Tensor], source: Sequence[Tensor]) -> LossTerms:
         """Compute the loss of L pairs of activations.
@@ -91,12 +92,13 @@ class DELTA(nn.Module):
 
         Raises:
             ValueError: Other than L tensors, shapes that differ (a source of another architecture),
-                weights of another length than the channels, tensors on two devices.
+                weights of another length than the channels, tensors on two devices, three
+                dimensions without ``channel_dim``.
             TypeError: An item that is no floating tensor.
         """
         check_count(_OP, self.layers, student=student, source=source)
         d = torch.stack([
-            self._layer(i, *pair) for i, pair in enumerate(zip(student, source, strict=True))
+            self._layer(*item) for item in zip(self.layers, student, source, strict=True)
         ])  # fmt: skip
         n = len(student[0])
         return LossTerms(self.alpha * d.sum() * (n if self.reduction == "sum" else 1), d)
@@ -105,20 +107,17 @@ class DELTA(nn.Module):
         """Show the options in ``repr``."""
         return f"{self.layers}, alpha={self.alpha}, reduction={self.reduction!r}"
 
-    def _layer(self, i: int, student: Tensor, source: Tensor) -> Tensor:
-        name = self.layers[i]
+    def _layer(self, name: str, student: Tensor, source: Tensor) -> Tensor:
         for side, x in (("student", student), ("source", source)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 got = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(message(_OP, side, "a floating tensor", got, layer=name))
-        if student.dim() < 2 or not -student.dim() < self.channel_dim < student.dim():
-            expected = f"a tensor with a batch, and channels in dimension {self.channel_dim}"
-            raise ValueError(message(_OP, "student", expected, list(student.shape), layer=name))
+        dim = channel_axis(_OP, "student", student, self.channel_dim, name)
         if student.shape != source.shape:
             expected = f"{list(student.shape)}, as the student's: networks of one architecture"
             raise ValueError(message(_OP, "source", expected, list(source.shape), layer=name))
-        weights = getattr(self, f"weights_{i}")
-        channels = student.shape[self.channel_dim]
+        weights = getattr(self, _buffer(name))
+        channels = student.shape[dim]
         if weights is not None and len(weights) != channels:
             expected = f"weights of {channels} channels, as the activations have"
             raise ValueError(message(_OP, "layers", expected, len(weights), layer=name))
@@ -131,12 +130,15 @@ class DELTA(nn.Module):
         if student.numel() == 0:
             return student.sum().to(dtype) * 0
         squares = (student.to(dtype) - source.detach().to(dtype)).square()
-        own = (
-            squares.movedim(self.channel_dim, 1).flatten(2).mean((0, 2))
-            if student.dim() > 2
-            else squares.mean(0)
-        )  # [C]
-        return 0.5 * (own.sum() if weights is None else channels * (weights.to(dtype) @ own))
+        own = squares.mean([d for d in range(student.dim()) if d != dim])  # [C]
+        if weights is not None:  # no matrix product: autocast would make it one of half precision
+            own = channels * weights.to(dtype) * own
+        return 0.5 * own.sum()
+
+
+def _buffer(name: str) -> str:
+    """What a layer's weights are called in the state: no name of a buffer has a dot."""
+    return f"weights_{name.replace('.', '/')}"
 
 
 def _check_weights(name: str, weights: object) -> None:

@@ -51,17 +51,18 @@ class KnowledgeDistillation(nn.Module):
 
         Args:
             student_logits: [N, C], floating; more dimensions are to be flattened into N.
-            teacher_logits: [N, C], constant: no gradient flows into it.
+            teacher_logits: [N, C], constant: no gradient flows into it. −inf leaves a class out.
             target: Class indices [N] (int64; −100 leaves a sample out of the first term) or
                 probabilities [N, C]. May be None where alpha = 1.
 
         Returns:
             ``total``, float32 (float64 if the student's logits are), and ``per_layer=None``. An
-            empty batch has loss 0.
+            empty batch has loss 0, and so has the first term where it leaves all samples out.
 
         Raises:
             ValueError: Logits that are not [N, C], heads of different size, a target of the wrong
-                shape or device, or none where alpha < 1.
+                shape or device, out of range (on a GPU torch says so, later), or none where
+                alpha < 1.
             TypeError: Logits that are no floating tensors, a target that is no tensor.
         """
         self._check(student_logits, teacher_logits, target)
@@ -69,12 +70,13 @@ class KnowledgeDistillation(nn.Module):
         student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
         total = student.sum() * 0 if student.numel() == 0 else student.new_zeros(())
         if student.numel() and self.alpha < 1:
-            total = total + (1 - self.alpha) * F.cross_entropy(student, _as(dtype, target))
+            total = total + (1 - self.alpha) * _cross_entropy(student, target)
         if student.numel() and self.alpha > 0:
             log_s = F.log_softmax(student / self.tau, dim=1)
             log_t = F.log_softmax(teacher / self.tau, dim=1)
-            kl = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-            total = total + self.alpha * self.tau**2 * kl
+            kl = F.kl_div(log_s, log_t, reduction="none", log_target=True)
+            kl = torch.where(log_t == -math.inf, 0.0, kl)  # of probability 0: 0·log 0 = 0
+            total = total + self.alpha * self.tau**2 * kl.sum() / len(student)
         return LossTerms(total, None)
 
     def extra_repr(self) -> str:
@@ -113,7 +115,14 @@ def _check_target(student: Tensor, target: Tensor | None) -> None:
         raise ValueError(message(_OP, "target", f"a tensor on {student.device}", target.device))
 
 
-def _as(dtype: torch.dtype, target: Tensor | None) -> Tensor:
-    """Return probabilities in the logits' dtype, indices as they are."""
+def _cross_entropy(student: Tensor, target: Tensor | None) -> Tensor:
+    """The mean over the samples that count, 0 where none does."""
     assert target is not None  # _check_target has seen to it
-    return target.to(dtype) if target.is_floating_point() else target
+    if target.is_floating_point():
+        return F.cross_entropy(student, target.to(student.dtype))
+    try:
+        total = F.cross_entropy(student, target, reduction="sum")
+    except IndexError as error:  # a GPU does not say so here, and looking first would wait for it
+        expected = f"class indices in [0, {student.shape[1]}), or −100"
+        raise ValueError(message(_OP, "target", expected, str(error))) from error
+    return total / (target != -100).sum().clamp(min=1)

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.losses.layers import check_count, layers_of
+from lwkd.losses.rows import check_inputs, check_twice, checked_target, input_rows
 from lwkd.losses.terms import LossTerms
-from lwkd.ops import attention_maps
+from lwkd.ops import operands
+from lwkd.ops.attention import channel_dims, folds, maps
 from lwkd.ops.attention_reference import pool
 from lwkd.ops.backends import check_name
 from lwkd.ops.checks import flag, message, number
 from lwkd.ops.jacobian import discrepancy
 
 _OUTPUTS = ("label", "top", "map")
+Fold = tuple[int, int, int]
 
 
 class JacobianMatching(nn.Module):
@@ -39,6 +42,11 @@ class JacobianMatching(nn.Module):
     that the pair has in common. There are no outputs to match and ``total = β·Σ_l mean_n D_l[n]``.
     Source: Srinivas & Fleuret 2018.
 
+    A student with fused attention, or compiled by torch.compile, cannot be differentiated twice:
+    run the one's forward under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, the other's
+    uncompiled. Compiled itself, the loss breaks the graph, or raises under fullgraph=True; a step
+    with both networks in it compiles where ``torch._dynamo.config.trace_autograd_ops`` is on.
+
     Args:
         beta: β ≥ 0, of the Jacobians.
         alpha: α ≥ 0, of the outputs; of no effect for ``of="map"``.
@@ -46,7 +54,10 @@ class JacobianMatching(nn.Module):
             teacher's k largest outputs, D the mean over them), or "map".
         normalize: Match directions only.
         p: Power of the maps, ≥ 1.
-        channel_dim: Of the activations whose maps are taken, as in ``lwkd.ops.attention_maps``.
+        channel_dim: Of the activations whose maps are taken: an int, a (student, teacher) tuple, or
+            a list of L of these. None means 1 for four or more dimensions; three must say.
+        tokens: A (student, teacher) pair, each None or (h, w, prefix): drops leading tokens of
+            [N, T, D] and folds the rest to an h×w grid; channel_dim None means −1.
         layers: For ``of="map"``, names of the L layers, or a dict from the student's names to the
             teacher's; None: as many as come.
         backend: None, "reference", "compiled" or "triton".
@@ -55,7 +66,7 @@ class JacobianMatching(nn.Module):
         layers: As given, for ``pair_layers(student, teacher, loss.layers)``.
 
     Raises:
-        ValueError: alpha, beta, of, p, layers or backend out of its range.
+        ValueError: alpha, beta, of, p, tokens, layers or backend out of its range.
         TypeError: alpha or beta is no number, normalize no bool, layers no names.
 
     >>> student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -74,7 +85,8 @@ class JacobianMatching(nn.Module):
         of: str | int = "label",
         normalize: bool = True,
         p: float = 2.0,
-        channel_dim: int | Sequence[int] | None = None,
+        channel_dim: int | Sequence[Any] | None = None,
+        tokens: Sequence[Fold | None] | None = None,
         layers: Sequence[str] | Mapping[str, str] | None = None,
         backend: str | None = None,
     ) -> None:
@@ -94,6 +106,7 @@ class JacobianMatching(nn.Module):
         self._op = op
         self.beta, self.alpha, self.of, self.normalize = float(beta), float(alpha), of, normalize
         self.p, self.channel_dim, self.backend = float(p), channel_dim, backend
+        self._folds = folds(op, tokens)
 
     def forward(
         self, student: Any, teacher: Any, inputs: Tensor, target: Tensor | None = None
@@ -106,29 +119,32 @@ class JacobianMatching(nn.Module):
             teacher: The teacher's, computed from the same ``inputs`` with gradients on (its
                 parameters need none). No gradient flows into it.
             inputs: The tensor [N, ...] that both were computed from, with ``requires_grad``.
-            target: Class indices int64 [N], for ``of="label"``.
+            target: Class indices int64 [N], for ``of="label"``; none is left out.
 
         Returns:
-            ``total``, and ``per_layer``: for ``of="map"`` mean_n D_l[n] [L], else None.
+            ``total``, and ``per_layer``: for ``of="map"`` mean_n D_l[n] [L], else None. Both are
+            float32, float64 where an output is.
 
         Raises:
-            ValueError: Outputs that are not [N, C] or of different shape, a wrong target, lists of
-                different length.
+            ValueError: Outputs that are not [N, C] or of different shape, a wrong target (one out
+                of range on a GPU torch finds, later), lists of different length.
             TypeError: Not tensors.
-            RuntimeError: ``inputs`` does not require a gradient, or an output does not come from
-                it; the message says which.
+            RuntimeError: ``inputs`` does not require a gradient, an output does not come from it,
+                or the student cannot be differentiated twice; the message says which.
         """
-        _check_inputs(self._op, inputs)
+        check_inputs(self._op, inputs)
         if self.of == "map":
             rows = self._map_rows(student, teacher, inputs)
         else:
             rows = self._output_rows(student, teacher, inputs, target)
+        check_twice(self._op, "student", rows[0])
         d = discrepancy(
             self._op, *rows, "mean", self.backend, normalize=self.normalize, compare="difference"
         )
         if self.of == "map":
             return LossTerms(self.beta * d.sum(), d)
-        gap = (student - teacher.detach()).square().sum(1)
+        dtype = operands.compute_dtype([student], [teacher])
+        gap = (student.to(dtype) - teacher.detach().to(dtype)).square().sum(1)
         outputs = gap.sum() / max(len(gap), 1)
         return LossTerms(self.alpha * outputs + self.beta * d.mean(), None)
 
@@ -158,15 +174,9 @@ class JacobianMatching(nn.Module):
 
     def _outputs(self, teacher: Tensor, target: Tensor | None) -> Tensor:
         """Which outputs of each sample, [N, k]."""
-        n, classes = teacher.shape
         if self.of == "label":
-            fits = isinstance(target, Tensor) and target.dtype == torch.int64
-            if target is None or not fits or list(target.shape) != [n]:
-                shown = isinstance(target, Tensor)
-                got = f"{target.dtype} {list(target.shape)}" if shown else repr(target)  # type: ignore[union-attr]
-                raise ValueError(message(self._op, "target", f"class indices int64 [{n}]", got))
-            return target[:, None]
-        k = 1 if self.of == "top" else int(self.of)
+            return checked_target(self._op, target, teacher)[:, None]
+        k, classes = 1 if self.of == "top" else int(self.of), teacher.shape[1]
         if k > classes:
             raise ValueError(message(self._op, "of", f"at most {classes} outputs", k))
         return teacher.detach().topk(k, dim=1).indices
@@ -174,25 +184,38 @@ class JacobianMatching(nn.Module):
     def _map_rows(
         self, student: Any, teacher: Any, inputs: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
-        for name, xs in (("student", student), ("teacher", teacher)):
-            if not isinstance(xs, (list, tuple)):
-                expected = "a list of activations, one a layer"
-                raise TypeError(message(self._op, name, expected, type(xs).__name__))
         check_count(self._op, self.layers, student=student, teacher=teacher)
-        if len(student) != len(teacher):
-            expected = f"{len(student)} activations, as many as student"
-            raise ValueError(message(self._op, "teacher", expected, len(teacher)))
-        maps = [attention_maps(xs, p=self.p, channel_dim=self.channel_dim)
-                for xs in (student, teacher)]  # fmt: skip
+        operands.check_pairs(self._op, student, teacher)
+        names = ("student", "teacher")
+        dims = channel_dims(self._op, self.channel_dim, len(student))
+        both = map(self._maps, names, (student, teacher), dims, self._folds)
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for i, pair in enumerate(zip(*maps, strict=True)):
-            s, t = common_grid(self._op, *pair, layer=i)
-            top = t.detach().argmax(1, keepdim=True)
-            for rows, name, m in zip(sides, ("student", "teacher"), (s, t), strict=True):
-                value = m.gather(1, top).sum()
-                graph = name == "student"
+        for i, pair in enumerate(zip(*both, strict=True)):
+            pair = common_grid(self._op, *pair, layer=i)
+            top = pair[1].detach().argmax(1, keepdim=True)
+            for rows, name, m in zip(sides, names, pair, strict=True):
+                value, graph = m.gather(1, top).sum(), name == "student"
                 rows.append(input_rows(self._op, name, value, inputs, graph=graph, layer=i))
         return sides
+
+    def _maps(
+        self, name: str, xs: Sequence[Tensor], dims: Sequence[int | None], fold: Fold | None
+    ) -> list[Tensor]:
+        """The maps [N, *space] of one side."""
+        for i, x in enumerate(xs):
+            expected = "[N, C, *space] with one to three space dimensions"
+            fits = 3 <= x.dim() <= 5
+            if fold is not None:
+                h, w, prefix = fold
+                expected = f"tokens [N, {prefix + h * w}, D] (prefix {prefix} + {h}×{w})"
+                t = 1 if dims[i] in (None, -1, 2) else 2
+                fits = x.dim() == 3 and x.shape[t] == prefix + h * w
+            if not fits:
+                raise ValueError(message(self._op, name, expected, list(x.shape), layer=i))
+        if fold is None:
+            return maps(self._op, xs, self.p, list(dims))
+        last = [-1 if d is None else d for d in dims]
+        return [m[:, prefix:].unflatten(1, (h, w)) for m in maps(self._op, xs, self.p, last)]
 
 
 class GradientAttentionTransfer(nn.Module):
@@ -204,6 +227,9 @@ class GradientAttentionTransfer(nn.Module):
 
     whose gradient by the student's weights is a double backward; where the two are equal the root
     has no derivative and the gradient is 0. Source: Zagoruyko & Komodakis 2017, §3.2.
+
+    A student with fused attention, or compiled by torch.compile, cannot be differentiated twice:
+    see :class:`JacobianMatching`, also for training steps that are compiled.
 
     Args:
         beta: β ≥ 0.
@@ -242,9 +268,10 @@ class GradientAttentionTransfer(nn.Module):
 
         Raises:
             ValueError: A loss that is not a scalar.
-            RuntimeError: ``inputs`` does not require a gradient, or a loss does not come from it.
+            RuntimeError: ``inputs`` does not require a gradient, a loss does not come from it, or
+                the student cannot be differentiated twice.
         """
-        _check_inputs(self._op, inputs)
+        check_inputs(self._op, inputs)
         sides = (("student_loss", student_loss, True), ("teacher_loss", teacher_loss, False))
         rows = []
         for name, loss, graph in sides:
@@ -253,6 +280,7 @@ class GradientAttentionTransfer(nn.Module):
                 raise ValueError(message(self._op, name, "a scalar, the mean over the batch", got))
             row = input_rows(self._op, name, loss, inputs, graph=graph)
             rows.append([row * len(inputs)])
+        check_twice(self._op, "student_loss", rows[0])
         d = discrepancy(self._op, rows[0], rows[1], "none", self.backend, normalize=False)[0]
         zero = d == 0
         root = torch.where(zero, d, torch.where(zero, torch.ones_like(d), d).sqrt())
@@ -261,31 +289,6 @@ class GradientAttentionTransfer(nn.Module):
     def extra_repr(self) -> str:
         """Show the options in ``repr``."""
         return f"beta={self.beta}"
-
-
-def _check_inputs(op: str, inputs: Any) -> None:
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2:
-        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
-        raise TypeError(message(op, "inputs", "a floating tensor [N, ...]", got))
-    if not inputs.requires_grad:
-        expected = "a tensor that requires a gradient (inputs.requires_grad_() before the forward)"
-        raise RuntimeError(message(op, "inputs", expected, "one that does not"))
-
-
-def input_rows(
-    op: str, argument: str, value: Tensor, inputs: Tensor, *, graph: bool, layer: int | None = None
-) -> Tensor:
-    """Return ∂value/∂inputs, [N, ...]; its graph is kept only where it will be differentiated."""
-    row = None
-    if value.requires_grad:
-        (row,) = torch.autograd.grad(
-            value, inputs, create_graph=graph, retain_graph=True, allow_unused=True
-        )
-    if row is None:
-        expected = "what was computed from inputs, with gradients on"
-        got = "a tensor that does not come from it"
-        raise RuntimeError(message(op, argument, expected, got, layer=layer))
-    return row
 
 
 def common_grid(op: str, s: Tensor, t: Tensor, *, layer: object) -> tuple[Tensor, Tensor]:

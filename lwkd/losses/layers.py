@@ -1,9 +1,11 @@
-"""The layers that a loss compares, for `pair_layers` and for its errors."""
+"""The layers that a loss compares, for `pair_layers` and for its errors, and their channels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from lwkd.ops.checks import message
 
@@ -59,3 +61,43 @@ def check_count(op: str, layers: Layers, **sides: Any) -> None:
             got = len(xs) if isinstance(xs, (list, tuple)) else type(xs).__name__
             expected = f"a list of {len(layers)}, one for each of {list(layers)}"
             raise ValueError(message(op, side, expected, got))
+
+
+def check_channel_dim(op: str, channel_dim: object) -> None:
+    """Raise unless ``channel_dim`` is None or an int other than 0, the batch's.
+
+    >>> check_channel_dim("losses.DELTA", 0)
+    Traceback (most recent call last):
+    ValueError: lwkd.losses.DELTA: channel_dim: expected None or an int but 0, got 0
+    """
+    if channel_dim is not None and (type(channel_dim) is not int or channel_dim == 0):
+        raise ValueError(message(op, "channel_dim", "None or an int but 0", repr(channel_dim)))
+
+
+def channel_axis(
+    op: str, argument: str, x: Tensor, channel_dim: int | None, layer: object = None
+) -> int:
+    """Return the dimension of an activation's channels, counted from the front.
+
+    Args:
+        op: The public name of the loss.
+        argument: Whose activation it is, for errors.
+        x: [N, C], [N, C, *space] or tokens [N, T, C].
+        channel_dim: As the caller has said; None: 1, where x has not three dimensions.
+        layer: Whose output it is, for errors.
+
+    Raises:
+        ValueError: Three dimensions, of which nothing was said, or no such dimension.
+
+    >>> import torch
+    >>> channel_axis("losses.DELTA", "student", torch.rand(2, 7, 4), -1)
+    2
+    """
+    if channel_dim is None and x.dim() == 3:
+        expected = "an int for three-dimensional activations (1: [N, C, L], -1: tokens [N, T, C])"
+        raise ValueError(message(op, "channel_dim", expected, None, layer=layer))
+    dim = 1 if channel_dim is None else channel_dim
+    if not -x.dim() < dim < x.dim():
+        expected = f"a tensor with a batch, and channels in dimension {dim}"
+        raise ValueError(message(op, argument, expected, list(x.shape), layer=layer))
+    return dim % x.dim()

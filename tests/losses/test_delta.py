@@ -92,14 +92,35 @@ def test_with_networks_and_a_state() -> None:
     with pairs.capture() as seen:
         nets[0](x), nets[1](x)
     assert float(loss(seen.student, seen.teacher).total) == 0
-    other = DELTA({"0": torch.rand(6), "2": torch.rand(4)})
-    other.load_state_dict(loss.state_dict())
-    assert torch.equal(other.weights_1, loss.weights_1)
     s, t = ([torch.rand(2, 6, 3, 3), torch.rand(2, 4, 2, 2)] for _ in "st")
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(s, t).per_layer, loss(s, t).per_layer)
     empty = [[x[:0] for x in xs] for xs in (s, t)]
     assert loss(*empty).per_layer.tolist() == [0.0, 0.0]
+
+
+def test_a_state_goes_by_the_layers_names() -> None:
+    there = {"a": torch.rand(6), "b.0": torch.rand(6)}
+    loss, other = DELTA(there), DELTA({name: torch.rand(6) for name in reversed(there)})
+    assert list(loss.state_dict()) == ["weights_a", "weights_b/0"]
+    other.load_state_dict(loss.state_dict())
+    xs = [[torch.rand(2, 6, 3, 3) for _ in there] for _ in "st"]
+    want = loss(*xs).per_layer
+    got = other(*(x[::-1] for x in xs)).per_layer
+    assert torch.equal(got.flip(0), want)
+    with pytest.raises(RuntimeError, match=r"Missing key.*weights_c"):
+        DELTA({"a": there["a"], "c": there["a"]}).load_state_dict(loss.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3, 2), (4, 6, 2, 3, 2)])
+def test_where_the_channels_are(shape: tuple[int, ...]) -> None:
+    """What is not said is 1, but of three dimensions nothing is assumed."""
+    xs = [[cases.draw(shape, F64, k)] for k in (1, 2)]
+    weights = {"a": WEIGHTS["a"]}
+    want = DELTA(weights, channel_dim=1)(*xs).total
+    assert torch.equal(DELTA(weights)(*xs).total, want)
+    last = [[x.movedim(1, -1) for x in side] for side in xs]
+    torch.testing.assert_close(DELTA(weights, channel_dim=-1)(*last).total, want)
 
 
 def test_no_gradient_into_the_source() -> None:
@@ -122,7 +143,7 @@ def test_errors() -> None:
         (lambda: DELTA(["a"], alpha=-1), ValueError, "alpha: expected a finite number ≥ 0"),
         (lambda: DELTA(["a"], alpha="1"), TypeError, "alpha: expected a finite number"),
         (lambda: DELTA(["a"], reduction="none"), ValueError, "reduction: expected one of"),
-        (lambda: DELTA(["a"], channel_dim=0), ValueError, "channel_dim: expected an int but 0"),
+        (lambda: DELTA(["a"], channel_dim=0), ValueError, "channel_dim: expected None or an int"),
         (lambda: DELTA({"a": w[None]}), ValueError, r"layer 'a'\): expected weights \[C\]"),
         (lambda: DELTA({"a": -w}), ValueError, r"layer 'a'\): expected weights \[C\], finite"),
         (lambda: DELTA({"a": [1.0]}), TypeError, r"layer 'a'\): expected weights \[C\]"),
@@ -134,6 +155,9 @@ def test_errors() -> None:
         (call(DELTA(["a"]), s, s[0]), ValueError, "source: expected a list of 1, one for"),
         (call(DELTA(["a"]), [s[0].long()], s), TypeError, "student .*: expected a floating tensor"),
         (call(DELTA(["a"]), [torch.rand(3)], [torch.rand(3)]), ValueError, "with a batch"),
+        (call(DELTA(["a"]), [s[0][0]], [s[0][0]]), ValueError,
+         r"channel_dim \(layer 'a'\): expected an int for three-dim.* -1: tokens .* got None"),
+        (call(DELTA(["a"], channel_dim=4), s, s), ValueError, "channels in dimension 4"),
     ):  # fmt: skip
         with pytest.raises(kind, match=text):
             run()

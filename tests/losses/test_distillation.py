@@ -90,6 +90,38 @@ def test_an_ignored_sample_stays_in_the_second_term() -> None:
     torch.testing.assert_close(kd(student, teacher, target).total, 0.5 * part + 0.5 * whole)
 
 
+def test_where_all_samples_are_left_out_the_first_term_is_0() -> None:
+    student, teacher, target = draw()
+    target[:] = -100
+    total = KnowledgeDistillation(0.5, 2.0)(student, teacher, target).total
+    want = 0.5 * KnowledgeDistillation(1.0, 2.0)(student, teacher).total
+    torch.testing.assert_close(total, want)
+    (gradient,) = torch.autograd.grad(total, student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, student)[0])
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_classes_that_the_teacher_leaves_out(both: bool) -> None:
+    """Of probability 0: the same as 1e4 below the others, or as without them in both."""
+    student, teacher, _ = draw()
+    low = teacher.clone()
+    teacher[:, 2], low[:, 2] = -float("inf"), -1e4
+    kd = KnowledgeDistillation(1.0, 2.0)
+    if both:
+        with torch.no_grad():
+            student[:, 2] = -float("inf")
+    total = kd(student, teacher).total
+    (gradient,) = torch.autograd.grad(total, student)
+    if both:
+        rest = [0, 1, 3, 4]
+        want = kd(student[:, rest], teacher[:, rest]).total
+        assert gradient[:, 2].count_nonzero() == 0
+    else:
+        want = kd(student, low).total
+    torch.testing.assert_close(total, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(want, student)[0])
+
+
 def test_an_empty_batch_costs_nothing() -> None:
     student = torch.empty(0, 5, requires_grad=True)
     target = torch.empty(0, dtype=torch.int64)
@@ -150,6 +182,8 @@ x, y = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
         ((x, x, x[:, :5]), ValueError, r"target: expected .* got torch.float32 \[4, 5\]"),
         ((x, x.to("meta"), y), ValueError, "teacher_logits: expected a tensor on cpu"),
         ((x, x, y.to("meta")), ValueError, "target: expected a tensor on cpu"),
+        ((x, x, y + 10), ValueError, r"target: expected class indices in \[0, 10\), or −100, got"),
+        ((x, x, y - 1), ValueError, r"target: expected class indices in \[0, 10\), or −100, got"),
         ((None, None, None), TypeError, "student_logits: expected a floating tensor, got NoneType"),
         ((x, [0.0], y), TypeError, "teacher_logits: expected a floating tensor, got list"),
         ((x, x, [0, 1, 2, 3]), TypeError, "target: expected class indices .* got list"),

@@ -118,6 +118,44 @@ def test_maps(normalize: bool) -> None:
     compare(terms.total, 2.0 * torch.stack(want).sum(), student)
 
 
+@pytest.mark.parametrize("channel_dim", [(1, -1), [(1, 3), (1, -1)], (-3, 3)])
+def test_channels_of_student_and_teacher(channel_dim: Any) -> None:
+    student, x = draw()[0], draw()[2]
+    teacher = Net(4, 7)
+    last = [a.movedim(1, -1) for a in teacher.features(x)]
+    got = JacobianMatching(of="map", channel_dim=channel_dim)(student.features(x), last, x)
+    want = JacobianMatching(of="map")(student.features(x), teacher.features(x), x)
+    compare(got.total, want.total, student)
+
+
+@pytest.mark.parametrize("channel_dim", [None, (None, -1), (1, 2), (None, 1)])
+def test_tokens_and_an_image(channel_dim: Any) -> None:
+    """The tokens behind a prefix are the teacher's positions, row by row."""
+    student, x = draw()[0], draw()[2]
+    teacher = Net(4, 7)
+    features, folded = student.features(x)[:1], teacher.features(x)[:1]
+    tokens = torch.cat([9 * x[:, :1, 0, :4], folded[0].flatten(2).mT], 1)  # one in front
+    if channel_dim == (None, 1):
+        tokens = tokens.mT
+    loss = JacobianMatching(of="map", tokens=(None, (4, 4, 1)), channel_dim=channel_dim)
+    want = JacobianMatching(of="map")(features, folded, x)
+    compare(loss(features, [tokens], x).total, want.total, student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outputs_of_half_precision(dtype: torch.dtype) -> None:
+    """Their squares are beyond float16, and beyond the digits of bfloat16."""
+    student, teacher, x, y = draw()
+    net = student.float()
+    x = x.detach().float().requires_grad_()
+    z, z_t = (3000 * net(x)).to(dtype), teacher.float()(x).to(dtype)
+    terms = JacobianMatching(0.0, alpha=0.5)(z, z_t, x, y)
+    want = 0.5 * (z.double() - z_t.double()).square().sum(1).mean()
+    assert want > 65504
+    assert terms.total.dtype == torch.float32
+    torch.testing.assert_close(terms.total.double(), want, rtol=1e-6, atol=0)
+
+
 def test_gradient_transfer() -> None:
     student, teacher, x, y = draw()
     losses = [F.cross_entropy(net(x), y) for net in (student, teacher)]
@@ -207,6 +245,7 @@ def hermite(order: int) -> tuple[Any, Any]:
 X = torch.rand(3, 4, dtype=F64, requires_grad=True)
 Z = X @ torch.ones(4, 5, dtype=F64)
 Y = torch.tensor([0, 1, 2])
+A, B = (X[:, :, None] * torch.rand(3, 4, k, dtype=F64) for k in (6, 7))  # three dimensions
 ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "beta": (lambda: JacobianMatching(-1.0), ValueError, "beta: expected a finite number ≥ 0"),
     "of": (lambda: JacobianMatching(of="best"), ValueError, "of: expected one of"),
@@ -225,7 +264,29 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
                                   "teacher: expected what was computed from inputs"),
     "another input": (lambda: JacobianMatching()(Z, Z, X.clone(), Y), RuntimeError, "student"),
     "no lists": (lambda: JacobianMatching(of="map")(Z, Z, X), TypeError, "student"),
-    "lengths": (lambda: JacobianMatching(of="map")([Z], [], X), ValueError, "1 activations"),
+    "lengths": (lambda: JacobianMatching(of="map")([A], [A, A], X), ValueError,
+                r"losses\.JacobianMatching: teacher: expected 1 tensors, as many .* got 2"),
+    "an empty list": (lambda: JacobianMatching(of="map")([A], [], X), ValueError,
+                      r"losses\.JacobianMatching: teacher: expected at least one tensor"),
+    "no tensor": (lambda: JacobianMatching(of="map")([A, A], [A, None], X), TypeError,
+                  r"JacobianMatching: teacher \(layer 1\): expected a tensor, got NoneType"),
+    "no space": (lambda: JacobianMatching(of="map")([Z], [A], X), ValueError,
+                 r"JacobianMatching: student \(layer 0\): expected \[N, C, \*space\].* \[3, 5\]"),
+    "channels unsaid": (lambda: JacobianMatching(of="map")([A], [A], X), ValueError,
+                        r"losses\.JacobianMatching: channel_dim \(layer 0\): expected an int for"),
+    "channels of three": (lambda: JacobianMatching(of="map", channel_dim=(1, 1, 1))([A], [A], X),
+                          ValueError, r"channel_dim: expected a \(student, teacher\) pair"),
+    "tokens": (lambda: JacobianMatching(of="map", tokens=(2, 2, 0)), ValueError,
+               r"losses\.JacobianMatching: tokens: expected None or a \(student, teacher\) pair"),
+    "other tokens": (lambda: JacobianMatching(of="map", tokens=((2, 2, 0), (2, 2, 0)))(
+                     [A.mT[:, :4]], [B.mT], X), ValueError,
+                     r"Matching: teacher \(layer 0\): expected tokens \[N, 4, D\].*\[3, 7, 4"),
+    "a target out of range": (lambda: JacobianMatching()(Z, Z, X, Y + 3), ValueError,
+                              r"Matching: target: expected class indices in \[0, 5\), got 3 to 5"),
+    "an ignored target": (lambda: JacobianMatching()(Z, Z, X, Y - 100), ValueError,
+                          r"target: expected class indices in \[0, 5\), got -100 to -98"),
+    "a target elsewhere": (lambda: JacobianMatching()(Z, Z, X, Y.to("meta")), ValueError,
+                           "target: expected a tensor on cpu, as the outputs, got meta"),
     "a loss of samples": (lambda: GradientAttentionTransfer()(Z.sum(1), Z.sum(), X), ValueError,
                           r"student_loss: expected a scalar.*shape \[3\]"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lwkd import LayerwiseLR, losses, pair_layers, param_groups_layerwise
@@ -68,6 +69,46 @@ def test_every_loss_has_them() -> None:
     assert {type(loss).__name__ for loss in there} | {"TeacherLogits", "ChannelImportance",
             "LossTerms", "channel_importance"} == set(losses.__all__)  # fmt: skip
     assert "['a'], beta" in repr(losses.AttentionTransfer(layers=["a"]))
+
+
+def calls() -> dict[str, Any]:
+    """Every loss of one batch, with the tensors that it is given."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 5))
+            for _ in "st"]  # fmt: skip
+    moved = losses.L2SP(nets[0])
+    with torch.no_grad():
+        nets[0][0].weight += 0.1
+    x, y = torch.randn(4, 2, 6, 6).requires_grad_(), torch.arange(4)
+    maps = [[300 * net[:2](x)] for net in nets]  # whose squares half precision cannot hold
+    logits = [net(x) for net in nets]
+    ce = [F.cross_entropy(z, y) for z in logits]
+    weights = torch.rand(6).softmax(0)
+    return {
+        "distillation": lambda: losses.KnowledgeDistillation()(*logits, y),
+        "attention": lambda: losses.AttentionTransfer()(*maps),
+        "attention, paper": lambda: losses.AttentionTransfer(convention="paper")(*maps),
+        "gradient": lambda: losses.GradientAttentionTransfer()(*ce, x),
+        "jacobian": lambda: losses.JacobianMatching()(*logits, x, y),
+        "jacobian of maps": lambda: losses.JacobianMatching(of="map")(*maps, x),
+        "delta": lambda: losses.DELTA({"0": weights})(*maps),
+        "delta, alike": lambda: losses.DELTA(["0"])(*maps),
+        "l2": lambda: losses.L2(nets[0])(),
+        "l2-sp": lambda: moved(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", calls())
+def test_autocast_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    call = calls()[name]
+    want = call()
+    with torch.autocast("cpu", dtype):
+        got = call()
+    for a, b in zip(got, want, strict=True):
+        if b is not None:
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
