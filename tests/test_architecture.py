@@ -208,7 +208,7 @@ LONGER = {
     "kernels/common.py": (450, "what all Triton kernels share: tables, tiles, launches"),
     "kernels/jacobian.py": (400, "the Triton kernels of rows, forward and backward"),
     "lwkd/cli/digits.py": (330, "the demo's experiment: data, networks, three kinds of distances"),
-    "lwkd/curvature/graph.py": (330, "one batch's graph, and what is asked of it"),
+    "lwkd/curvature/graph.py": (340, "one batch's graph, and what is asked of it"),
     "lwkd/hooks.py": (400, "what hooks are hung on, and their way back"),
     "lwkd/layers.py": (570, "pairing: shapes, the table that is printed, capture"),
     "lwkd/ops/attention.py": (380, "one page per op: contract, schema, fakes, backward"),

@@ -66,9 +66,9 @@ def _wrong(graph: Graph, v: Tensor, norms: dict[int, Tensor], seed: int) -> dict
     coupled = (flipped - found).abs().amax(1) > eps**0.5 * largest + room
     active = largest > 0
     m = int((found[active] / largest[active, None]).amin(0).argmax()) if bool(active.any()) else 0
-    alone = torch.zeros_like(v)
-    alone[m] = v[m]
-    want, own = graph.norms(layers, alone), found[:, m]
+    alone, size = torch.zeros_like(v), v[m].double().norm()
+    alone[m] = torch.where(size > 0, v[m] / size, 0.0)  # whatever is small of v is not so here
+    want, own = graph.norms(layers, alone) * size.square(), found[:, m]
     partial = (want - own).abs() > eps**0.5 * torch.maximum(want, own) + room
     both = zip(layers, coupled.tolist(), partial.tolist(), strict=True)
     return {layer: graph.error(layer, _COUPLED if c else _PARTIAL)

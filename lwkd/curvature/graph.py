@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.linalg import vector_norm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lwkd.curvature.convolution import Convolutions
@@ -302,11 +303,14 @@ class Graph:
         grads = torch.autograd.grad(
             self.output, parameters, v, retain_graph=True, allow_unused=True
         )
-        zero = self.loss.new_zeros((), dtype=torch.float64)
-        own = {i: zero if g is None else g.to_dense().double().square().sum()
-               for i, g in zip(indices, grads, strict=True)}  # fmt: skip
+        own = {
+            i: p.new_zeros((), dtype=_wide(p.dtype))
+            if g is None
+            else vector_norm(g.to_dense(), dtype=_wide(p.dtype))
+            for i, p, g in zip(indices, parameters, grads, strict=True)
+        }
         every = [[own[i] for i in self.targets[layer].indices] for layer in chosen]
-        return torch.stack([torch.stack(parts).sum() for parts in every])
+        return torch.stack([torch.stack(parts).double().square().sum() for parts in every])
 
     def gauss_newton(self, chosen: Sequence[int], seed: int, probe: int) -> Tensor:
         """A sample [len(chosen)] of the Gauss–Newton trace, of the layers with these numbers."""
@@ -321,6 +325,10 @@ class Graph:
             RuntimeError: One was not.
         """
         return [len(self._calls.edges(place)) for place in self._places[layer]]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _same(x: Tensor) -> Tensor:
