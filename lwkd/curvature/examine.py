@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch import Tensor
 from lwkd.curvature.completeness import without_factors
 from lwkd.curvature.graph import Graph
 from lwkd.curvature.linear import linearity
-from lwkd.curvature.nodes import uses
 from lwkd.curvature.targets import every_parameter
-from lwkd.factoring import supports
 from lwkd.ops import philox
 
 _PROBE = 2**32 - 1  # of the test of linearity
@@ -35,12 +33,10 @@ def examine(graph: Graph, seed: int, against: str) -> list[tuple[str, str]]:
     linear = linearity(graph.output, [t.parameters for t in graph.targets])
     curved = _curved(graph, [layer for layer in every if linear[layer] is None], seed)
     curved |= {layer for layer in every if linear[layer] is False}
-    used = uses(graph.output, {id(p) for t in graph.targets for p in t.parameters})
-    reasons = {layer: "outputs are not linear in its parameters" if layer in curved
-               else _not_seen(graph, layer, used) for layer in every}  # fmt: skip
-    failed = without_factors(graph, [layer for layer in every if not reasons[layer]], seed)
+    reasons = dict.fromkeys(curved, "outputs are not linear in its parameters")
+    failed = without_factors(graph, [layer for layer in every if layer not in reasons], seed)
     reasons |= {layer: str(error).splitlines()[0] for layer, error in failed.items()}
-    return [("block", reasons[layer]) if reasons[layer] else ("gauss_newton", _LINEAR)
+    return [("block", reasons[layer]) if layer in reasons else ("gauss_newton", _LINEAR)
             for layer in every]  # fmt: skip
 
 
@@ -71,23 +67,3 @@ def _spread(signs: Tensor) -> Tensor:
     count = torch.arange(signs.numel(), dtype=torch.float64, device=signs.device)
     sizes = 0.5 + 0.5 * (count * _GOLDEN).frac()
     return signs * sizes.reshape(signs.shape).to(signs.dtype)
-
-
-def _not_seen(graph: Graph, layer: int, used: Mapping[int, int]) -> str:
-    """Why the modules' calls are not all that a layer's parameters are used in, or nothing."""
-    owners = graph.targets[layer].owners
-    try:
-        calls = graph.calls(layer)
-    except (RuntimeError, TypeError) as error:
-        return str(error)
-    called: dict[int, int] = {}
-    unknown: set[int] = set()  # in modules that torch.func runs again: used as often as they like
-    for owner, times in zip(owners, calls, strict=True):
-        named = dict(owner.module.named_parameters())
-        for name in owner.wanted:
-            key = id(named[name])
-            called[key] = called.get(key, 0) + times
-            if not supports(owner.module):
-                unknown.add(key)
-    same = all(key in unknown or times == used.get(key, 0) for key, times in called.items())
-    return "" if same else "its parameters are used outside their modules too"

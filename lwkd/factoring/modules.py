@@ -51,6 +51,17 @@ def supports(module: nn.Module) -> bool:
     return own_way and type(module).forward is kind.forward
 
 
+def exact_kind(module: nn.Module) -> bool:
+    """Whether the module factors and is of torch's own class: it does what that says, and no more.
+
+    Multi-head attention is not: the weights that it returns besides count for nothing here.
+
+    >>> exact_kind(nn.Linear(4, 2)), exact_kind(nn.MultiheadAttention(4, 2))
+    (True, False)
+    """
+    return type(module) in _TABLE and supports(module)
+
+
 def whole(module: nn.Module) -> bool:
     """Whether the module stands for everything inside it: its children are not called, or unknown.
 
