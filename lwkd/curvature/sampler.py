@@ -37,12 +37,12 @@ class Sampler:
         self._network, self._loss_fn, self._targets = network, loss_fn, targets
         self._settings = settings
         way = settings.estimator
-        asked = [(way, _REASONS.get(way, "")) for _ in targets]
+        self._asked = [(way, _REASONS.get(way, "")) for _ in targets]
         self._found: list[list[tuple[str, str]]] = []  # of every batch, once it is known
-        self._asked = asked
         self._coupled = _coupled(network)
         for name, module in network.named_modules():
-            if getattr(module, "max_norm", None) is not None:
+            embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            if embeds and module.max_norm is not None:
                 expected = "embeddings without max_norm: their forward changes the weights"
                 got = f"max_norm={module.max_norm}"
                 raise ValueError(message(_OP, "model", expected, got, layer=name))

@@ -96,8 +96,8 @@ def hessian_trace(
         tol: Go on until every layer's standard error is at most tol·|mean|.
         max_probes: With ``tol``: where to stop at the latest (default 100 · probes).
         chunk: Probes at once in a second backward pass (all but "gauss_newton"); takes about chunk
-            times the graph's memory, which is looked at before. Four are about a third faster than
-            one by one on CPUs.
+            times the graph's memory, which is looked at before. On CPUs four took a fifth less time
+            than one by one on a ResNet-18, and no less on a transformer.
         exact: No random numbers: one backward pass a column of the loss's Hessian by the outputs.
             Only where every layer takes gauss_newton.
 
