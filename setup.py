@@ -1,7 +1,8 @@
 """Builds the two extension libraries against the torch that the user already has.
 
 LWKD_BUILD=0           build nothing: the pure PyTorch reference serves every op
-LWKD_CUDA=auto|0|1     CUDA kernels where nvcc is found | never | or stop with the reason
+LWKD_CUDA=auto|0|1     CUDA kernels where nvcc is found and torch has CUDA | never | with any torch,
+                       or stop with the reason
 TORCH_CUDA_ARCH_LIST   defaults to 8.0;9.0+PTX
 MAX_JOBS               compile jobs; by default bounded by the memory at hand
 """
@@ -119,8 +120,9 @@ def find_cuda(torch: Any) -> tuple[Path | None, str]:
     said = re.search(r"release (\d+\.\d+)", ask(home / "bin/nvcc", "--version"))
     if said is None:
         return None, f"{home}/bin/nvcc does not say its version"
-    version = said[1]
-    wanted = torch.version.cuda
+    version, wanted = said[1], torch.version.cuda
+    if not wanted and cuda_wanted() == "auto":  # minutes for what only another torch can load
+        return None, f"torch {torch.__version__} has no CUDA (LWKD_CUDA=1 builds them all the same)"
     if wanted and wanted.split(".")[0] != version.split(".")[0]:
         return None, f"nvcc is {version}, torch {torch.__version__} was built for CUDA {wanted}"
     return home, version

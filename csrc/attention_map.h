@@ -34,17 +34,15 @@ struct Runs {
     return run / outer_size * outer_stride[0] + run % outer_size * outer_stride[1];
   }
 
-  // Calls row(offset, first position, count) for the runs that cover [begin, end).
+  // Calls row(offset, first position, count) for the runs that cover [begin, end). It stands here
+  // once: it is inlined, and whole kernels with it.
   template <typename Row>
   LWKD_INLINE void cover(int64_t begin, int64_t end, const Row& row) const {
-    if (end <= length) {  // nearly always: one run is all there is, and divisions are slow
-      row(begin * stride, begin, end - begin);
-      return;
-    }
+    const bool one = end <= length;  // nearly always, and divisions are slow
     for (int64_t at = begin; at < end;) {
-      const int64_t run = at / length, index = at % length;
+      const int64_t run = one ? 0 : at / length, index = at - run * length;
       const int64_t count = std::min(length - index, end - at);
-      row(base(run) + index * stride, at, count);
+      row(one ? index * stride : base(run) + index * stride, at, count);
       at += count;
     }
   }
@@ -73,6 +71,10 @@ struct Source : Operand {
 // kGroup + C / kGroup, and not C.
 constexpr int64_t kGroup = 64;
 constexpr int kStep = 4;  // vectors of a row at a time: fewer would ask for a line twice
+
+// A power that takes longer than memory does: one loop is as fast as any, and there are few of it.
+template <typename P>
+constexpr bool kSlow = std::is_same_v<P, Any>;
 
 // Up to 8 vectors of positions stay in registers while all channels go by. The last vector reaches
 // back over the one before it where `count` is no multiple, so that there is no tail. `kSets`
@@ -143,7 +145,7 @@ template <typename T, typename A, typename P>
 LWKD_INLINE void sum_positions(A* map, const T* x, int64_t stride_c, int64_t channels,
                                int64_t count, P p) {
   constexpr int kCount = Lanes<A>::kCount;
-  if (count < kCount || count > 8 * kCount)
+  if (kSlow<P> || count < kCount || count > 8 * kCount)
     sum_many(map, x, stride_c, channels, count, p);
   else if (count > 4 * kCount)
     sum_few<8>(map, x, stride_c, channels, count, p);
@@ -246,7 +248,7 @@ template <typename T, typename A, typename P>
 LWKD_INLINE void spread_positions(T* dx, const T* x, const A* c, int64_t dx_stride_c,
                                   int64_t stride_c, int64_t channels, int64_t count, P p) {
   constexpr int kCount = Lanes<A>::kCount;
-  if (count < kCount || count > 8 * kCount)
+  if (kSlow<P> || count < kCount || count > 8 * kCount)
     for (int64_t i = 0; i < channels; ++i)
       spread_row<false>(dx + i * dx_stride_c, x + i * stride_c, c, count, p);
   else if (count > 4 * kCount)

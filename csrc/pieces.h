@@ -89,6 +89,8 @@ LWKD_INLINE void gather(const T* from, Runs runs, A* to) {
 template <typename T, typename A>
 LWKD_INLINE void gather_dense(const T* from, Runs runs, A* to) {
   for (int64_t r = 0; r < runs.rows; ++r, from += runs.row_stride, to += runs.count) {
+    // Of short runs far apart, memory is asked for those next to them, which come after all rows.
+    if (runs.count < 32) __builtin_prefetch(from + 64);
     int64_t q = 0;
     if constexpr (std::is_same_v<A, float>) {
       for (; q + 8 <= runs.count; q += 8) store(load(from + q), to + q);

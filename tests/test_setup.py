@@ -142,10 +142,19 @@ def test_the_toolkit_behind_an_nvcc(
     if kind.startswith("CUDA"):
         monkeypatch.setenv(kind, str(toolkit))
     monkeypatch.setenv("PATH", f"{toolkit / 'bin' if kind == 'itself' else path}:{os.defpath}")
-    torch = SimpleNamespace(version=SimpleNamespace(cuda=None), __version__="2.13.0")
+    torch = SimpleNamespace(version=SimpleNamespace(cuda="13.0"), __version__="2.13.0")
     assert find_cuda(torch) == (toolkit, "13.0")
     torch.version.cuda = "12.8"
     assert find_cuda(torch) == (None, "nvcc is 13.0, torch 2.13.0 was built for CUDA 12.8")
+
+
+def test_a_torch_without_cuda_gets_none_unasked(setup: Setup, toolkit: Path) -> None:
+    """It could not load what takes minutes to compile; whoever builds for others asks for it."""
+    torch = SimpleNamespace(version=SimpleNamespace(cuda=None), __version__="2.13.0+cpu")
+    home = {"CUDA_HOME": str(toolkit)}
+    reason = "torch 2.13.0+cpu has no CUDA (LWKD_CUDA=1 builds them all the same)"
+    assert setup(LWKD_BUILD="0", **home).find_cuda(torch) == (None, reason)
+    assert setup(LWKD_CUDA="1", **home).find_cuda(torch) == (toolkit, "13.0")
 
 
 def test_without_nvcc_the_cpu_kernels_are_built(

@@ -482,7 +482,6 @@ def test_launches_and_atomics_are_where_they_belong() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_nvcc(tmp_path: Path, arch: str) -> None:
+def test_compiles_and_links(tmp_path: Path) -> None:
     """Fault 27: compiles, and the streaming kernels keep everything in registers."""
-    compiles_and_links("attention", arch, tmp_path, kernels=24)
+    compiles_and_links("attention", tmp_path, kernels=24)

@@ -276,7 +276,6 @@ def test_offsets_beyond_32_bits(gpu: EmulatedRows, strides: tuple[int, ...]) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("arch", ["80", "90"])
-def test_nvcc(tmp_path: Path, arch: str) -> None:
+def test_compiles_and_links(tmp_path: Path) -> None:
     """Fault 27: compiles and links, and every kernel keeps everything in registers."""
-    compiles_and_links("jacobian", arch, tmp_path, kernels=16)
+    compiles_and_links("jacobian", tmp_path, kernels=16)
