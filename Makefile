@@ -66,7 +66,8 @@ $(VENV)/torch:
 			> $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth; \
 	else \
 		$(PYTHON) -m venv $(VENV); \
-		$(PIP) -r requirements-dev.txt; \
+		$(PIP) --no-compile -r requirements-dev.txt; \
+		$(PY) -m compileall -q -q -j 0 $(VENV)/lib || true; \
 	fi
 	touch $@
 

@@ -3,55 +3,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "logical.h"
 #include "operand.h"
 #include "philox.h"
-#include "pieces.h"
 
 namespace lwkd {
 namespace {
-
-// A tensor's elements in their logical order; neighbouring dimensions merged where memory allows.
-class Logical {
- public:
-  // Of `x` without its first `skip` dimensions, at index `at` of the first of them.
-  Logical(const Tensor& x, int64_t skip, int64_t at) : dtype(x.scalar_type()) {
-    data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
-    if (skip > 0) data += at * x.stride(0) * element_size(dtype);
-    for (int64_t d = skip; d < x.dim(); ++d) {
-      length *= x.size(d);
-      if (x.size(d) == 1) continue;
-      if (!size_.empty() && stride_.back() == x.size(d) * x.stride(d))
-        size_.back() *= x.size(d), stride_.back() = x.stride(d);
-      else
-        size_.push_back(x.size(d)), stride_.push_back(x.stride(d));
-    }
-  }
-
-  // Elements begin, begin + 1, … as numbers of type A, where they lie so.
-  template <typename A>
-  A* direct(int64_t begin) const {
-    const bool same =
-        element_size(dtype) == sizeof(A) && size_.size() <= 1 && (size_.empty() || stride_[0] == 1);
-    return same ? reinterpret_cast<A*>(data) + begin : nullptr;
-  }
-
-  // Calls run(address, runs, first) for what covers [begin, end).
-  template <typename Run>
-  void cover(int64_t begin, int64_t end, const Run& run) const {
-    cover_grid(
-        size_, [&](int64_t d) { return stride_[d]; }, begin, end,
-        [&](int64_t offset, Runs runs, int64_t first) {
-          run(data + offset * element_size(dtype), runs, first);
-        });
-  }
-
-  char* data;
-  ScalarType dtype;
-  int64_t length = 1;
-
- private:
-  std::vector<int64_t> size_, stride_;
-};
 
 constexpr int64_t kWords = kTile / 32;  // of a tile's signs
 
@@ -60,6 +17,17 @@ inline void words_of(const Probe& probe, int64_t begin, int64_t end, uint32_t* w
   for (int64_t block = begin / 128; block * 128 < end; ++block) {
     const PhiloxWords w = probe.block(block);
     std::copy_n(w.w, 4, words + (block * 128 - begin) / 32);
+  }
+}
+
+// The bits of elements begin, begin + 1, … from the first bit on; count is at most a run's.
+inline void words_at(const Probe& probe, int64_t begin, int64_t count, uint32_t* words) {
+  uint32_t raw[kRun / 32 + 9] = {};
+  words_of(probe, begin / 128 * 128, begin + count, raw);
+  const int64_t skip = begin % 128 / 32, bits = begin % 32;
+  for (int64_t i = 0; i * 32 < count; ++i) {
+    const uint64_t two = raw[skip + i] | uint64_t{raw[skip + i + 1]} << 32;
+    words[i] = static_cast<uint32_t>(two >> bits);
   }
 }
 
@@ -174,9 +142,21 @@ Tensor rademacher(Tensor like, int64_t seed, int64_t layer, int64_t probe) {
   return out;
 }
 
+// Σ ±x over a tile.
 template <typename A>
-double tile_sum(const Logical& x, const uint32_t* words, int64_t begin, int64_t end) {
+double tile_sum(const Logical& x, const Probe& probe, int64_t tile) {
   alignas(64) A buffer[kTile];
+  uint32_t words[kWords];
+  if (x.along >= 0) {
+    double sum = 0;
+    x.abreast(tile, buffer, [&](int64_t begin, int64_t count, const A* run) {
+      words_at(probe, begin, count, words);
+      sum += signed_sum(run, words, count);
+    });
+    return sum;
+  }
+  const int64_t begin = tile * kTile, end = std::min(begin + kTile, x.length);
+  words_of(probe, begin, end, words);
   const A* from = x.direct<A>(begin);
   if (from == nullptr) {
     with_storage<A>(x.dtype, [&](auto stored) {
@@ -206,20 +186,19 @@ Tensor probe_dot(std::vector<Tensor> hvps, std::vector<int64_t> layers, int64_t 
                     "lwkd.ops: ", op, ": hvps (layer ", i, "): expected ", probes,
                     " probes, got others");
     for (int64_t k = 0; k < each; ++k) items[i].emplace_back(hvps[i], probes == 0 ? 0 : 1, k);
-    blocks.push_back(make_block(each, 1, items[i][0].length));
+    blocks.push_back(make_block(each, 1, items[i][0].positions()));
     first.push_back(tiles);
     tiles += blocks.back().tasks();
   }
   std::vector<double> partial(tiles, 0);
-  parallel_tasks(blocks, [&](int64_t i, int64_t k, int64_t begin, int64_t end) {
+  parallel_tasks(blocks, [&](int64_t i, int64_t k, int64_t begin, int64_t) {
     const Logical& x = items[i][k];
-    uint32_t words[kWords];
-    words_of({static_cast<uint64_t>(seed), static_cast<uint32_t>(layers[i]),
-              static_cast<uint32_t>(probe + k)},
-             begin, end, words);
-    partial[first[i] + k * blocks[i].tiles + begin / kTile] =
-        x.dtype == ScalarType::Double ? tile_sum<double>(x, words, begin, end)
-                                      : tile_sum<float>(x, words, begin, end);
+    const Probe signs_of{static_cast<uint64_t>(seed), static_cast<uint32_t>(layers[i]),
+                         static_cast<uint32_t>(probe + k)};
+    const int64_t tile = begin / kTile;
+    partial[first[i] + k * blocks[i].tiles + tile] = x.dtype == ScalarType::Double
+                                                         ? tile_sum<double>(x, signs_of, tile)
+                                                         : tile_sum<float>(x, signs_of, tile);
   });
   const bool wide = any_double(hvps);
   Tensor out =

@@ -139,7 +139,7 @@ def test_squares(target: Any, contraction: str) -> None:
 # --- chunks --------------------------------------------------------------------------------------
 
 
-@battery.ways
+@pytest.mark.parametrize("way", ["normalized", "difference"])
 @battery.contractions
 def test_work_in_parts(target: Any, contraction: str, way: str) -> None:
     """More samples, groups, rows and outputs than a chunk holds."""

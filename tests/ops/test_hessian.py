@@ -106,6 +106,27 @@ def test_products_of_every_dtype_and_layout(target: Target, layout: str) -> None
             assert abs(float(got[layer]) - want) <= bound, (dtype, layer)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_in_another_order(dtype: torch.dtype) -> None:
+    """As second derivatives of convolutions and matrices lie: runs that are read side by side."""
+    Target("compiled", "cpu").require()
+    g = torch.Generator().manual_seed(5)
+    for shape, order in (
+        ((40, 33, 3, 3), (1, 0, 2, 3)), ((31, 17, 5), (0, 2, 1)), ((300, 70), (1, 0)),
+        ((17, 256), (1, 0)), ((33, 257), (1, 0)), ((3, 40, 300), (0, 2, 1)),
+        ((2, 20, 6, 50), (0, 2, 3, 1)), ((5, 300, 1, 7), (3, 2, 1, 0)), ((128, 3, 7, 7), (1, 0, 2, 3)),
+    ):  # fmt: skip
+        h = torch.randint(-9, 10, [shape[d] for d in order], generator=g).to(dtype)
+        h = h.permute(sorted(range(len(order)), key=order.__getitem__))
+        assert h.shape == shape
+        got = lwkd.ops.probe_dot([h, h[:, 1:]], seed=-7, probe=3, backend="compiled")
+        assert got.tolist() == [exact(x, -7, layer, 3) for layer, x in enumerate((h, h[:, 1:]))]
+        several = torch.stack([h, -h.flip(0)])
+        several = several.transpose(0, 1).clone().transpose(0, 1)
+        both = torch.ops.lwkd.probe_dot([several], [4], -7, 3, 2)
+        assert both.tolist() == [[exact(x, -7, 4, 3 + k) for k, x in enumerate(several)]]
+
+
 @each_target
 def test_lengths(target: Target) -> None:
     for dtype in (F32, F64):
