@@ -57,6 +57,7 @@ MISSING = $$($(PY) -c 'import importlib.util as u, sys; n = {"sklearn": "scikit-
 	print(*(n.get(m, m.replace("_", "-")) for m in sys.argv[1:] if u.find_spec(m) is None))' $(1))
 need = missing="$(call MISSING,$(1))"; test -z "$$missing" || $(PIP) -c requirements-dev.txt $$missing
 
+# Bytecode on all cores, where pip would use one; some files that packages carry do not compile.
 # Of the venv's own packages only pip stays: Python 3.11's setuptools is old, and would hide yours.
 $(VENV)/torch:
 	if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \

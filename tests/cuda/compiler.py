@@ -31,7 +31,7 @@ def compiles_and_links(name: str, folder: Path, *, kernels: int) -> None:
     command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     command += ["-DUSE_CUDA", "-Xptxas=-v", "-c"]
     command += [f"-I{ROOT / 'csrc'}", *(f"-I{p}" for p in cpp_extension.include_paths())]
-    command += ["-Xcompiler=-fPIC,-O0", str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(out)]
+    command += ["-Xcompiler=-fPIC", str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "warning" not in done.stderr, done.stderr

@@ -139,7 +139,7 @@ def test_squares(target: Any, contraction: str) -> None:
 # --- chunks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["normalized", "difference"])
+@battery.ways
 @battery.contractions
 def test_work_in_parts(target: Any, contraction: str, way: str) -> None:
     """More samples, groups, rows and outputs than a chunk holds."""
@@ -188,8 +188,8 @@ t.factors.FACTORS = target
 for way in t.battery.WAYS:
     t.battery.test_many_layers_in_one_call(target, way)
     t.battery.test_embeddings(target, way, False)
-for contraction in ("gram", "direct"):
-    t.test_work_in_parts(target, contraction, "difference")
+    for contraction in ("gram", "direct"):
+        t.test_work_in_parts(target, contraction, way)
 t.battery.test_memory_of_any_layout(target, "normalized")
 t.battery.test_empty(target)
 """

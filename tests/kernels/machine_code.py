@@ -34,11 +34,9 @@ def check_module(module: str, kernels: set[str]) -> None:
 
 
 def report(launches: Launches) -> None:
-    """Compile every launch for the newest architecture, every kernel for all, a line each."""
-    seen = set()
+    """Compile every launch for every architecture, a line each."""
     for kernel, arguments in launches.values():
-        for architecture in ARCHITECTURES[-1:] if kernel in seen else ARCHITECTURES:
-            seen.add(kernel)
+        for architecture in ARCHITECTURES:
             compiled = compile_kernel(kernel, arguments, architecture)
             row = kernel.__name__, f"sm_{architecture}", len(compiled.asm["cubin"])
             print(*row, loads(compiled, arguments), flush=True)

@@ -547,7 +547,7 @@ def test_captured_in_a_graph() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles() -> None:
-    """Machine code of every kernel, in a process without the interpreter."""
+    """Machine code for sm_80 and sm_90 of every kernel, in a process without the interpreter."""
     machine_code.check_module(
         "tests.kernels.test_attention", {*KERNELS, "write_table", "mean_kernel"}
     )

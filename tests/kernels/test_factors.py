@@ -252,7 +252,7 @@ KERNELS = {
 
 @pytest.mark.slow
 def test_every_kernel_compiles() -> None:
-    """Machine code of every kernel, in a process without the interpreter."""
+    """Machine code for sm_80 and sm_90 of every kernel, in a process without the interpreter."""
     wanted = {*KERNELS, "sums_kernel", "write_table"}
     machine_code.check_module("tests.kernels.test_factors", wanted)
 

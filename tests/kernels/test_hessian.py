@@ -60,7 +60,7 @@ KERNELS = [name for name in vars(hessian) if name.endswith("_kernel")]
 
 @pytest.mark.slow
 def test_every_kernel_compiles() -> None:
-    """Machine code of every kernel, in a process without the interpreter."""
+    """Machine code for sm_80 and sm_90 of every kernel, in a process without the interpreter."""
     machine_code.check_module("tests.kernels.test_hessian", {*KERNELS, "write_table"})
 
 

@@ -129,7 +129,7 @@ KERNELS = [name for name in vars(jacobian) if name.endswith("_kernel")]
 
 @pytest.mark.slow
 def test_every_kernel_compiles() -> None:
-    """Machine code of every kernel, in a process without the interpreter."""
+    """Machine code for sm_80 and sm_90 of every kernel, in a process without the interpreter."""
     machine_code.check_module("tests.kernels.test_jacobian", {*KERNELS, "write_table"})
 
 

@@ -445,7 +445,7 @@ def test_memory_does_not_grow() -> None:
     nets = networks()
     m = meter(nets, projection="loss")
     counts = []
-    for _ in range(12):
+    for _ in range(30):
         step(m, nets)
         m.measure(X, Y, F.cross_entropy)
         gc.collect()
