@@ -16,7 +16,8 @@ from torch import Tensor
 from lwkd.curvature.graph import Graph
 from lwkd.curvature.nodes import uses
 from lwkd.factoring import exact_kind, supports
-from lwkd.ops import philox
+from lwkd.ops import rademacher
+from lwkd.ops.philox import OUTPUTS
 
 FLIPS = 2**32 - 1  # the probe whose signs turn samples around
 
@@ -75,7 +76,7 @@ def _counted(graph: Graph, layer: int, used: Mapping[int, int]) -> bool:
 
 def _wrong(graph: Graph, v: Tensor, norms: dict[int, Tensor], seed: int) -> dict[int, Exception]:
     layers, found = list(norms), torch.stack([*norms.values()])
-    signs = philox.signs(v.new_empty(len(found[0])), seed, philox.OUTPUTS, FLIPS)
+    signs = rademacher(v.new_empty(len(found[0])), seed=seed, layer=OUTPUTS, probe=FLIPS)
     flipped = graph.squares(layers, v * signs.reshape(-1, *[1] * (v.dim() - 1)))
     largest = found.amax(1)
     # Relative to the layer, but for what rounding leaves of a gradient that is 0 in truth.

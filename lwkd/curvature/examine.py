@@ -11,7 +11,8 @@ from lwkd.curvature.completeness import without_factors
 from lwkd.curvature.graph import Graph
 from lwkd.curvature.linear import linearity
 from lwkd.curvature.targets import every_parameter
-from lwkd.ops import philox
+from lwkd.ops import rademacher
+from lwkd.ops.philox import OUTPUTS
 
 _PROBE = 2**32 - 1  # of the test of linearity
 _GOLDEN = (5**0.5 - 1) / 2
@@ -42,7 +43,7 @@ def examine(graph: Graph, seed: int, against: str) -> list[tuple[str, str]]:
 
 def _curved(graph: Graph, layers: Sequence[int], seed: int) -> set[int]:
     """Those where the second derivative of a random ⟨w, f⟩ along a random direction is not 0."""
-    w = _spread(philox.signs(graph.output.detach(), seed, philox.OUTPUTS, _PROBE))
+    w = _spread(rademacher(graph.output, seed=seed, layer=OUTPUTS, probe=_PROBE))
     parameters, indices = every_parameter([graph.targets[layer] for layer in layers])
     grads = graph.gradients(graph.output, parameters, w) if layers else ()
     by_index = dict(zip(indices, grads, strict=True))

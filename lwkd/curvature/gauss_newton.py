@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwkd.ops import philox
+from lwkd.ops import rademacher
 from lwkd.ops.checks import message
+from lwkd.ops.philox import OUTPUTS
 
 _MODULES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CrossEntropyLoss: (
@@ -162,7 +163,7 @@ def _cross_entropy(
         return v.reshape(p.shape).movedim(-1, dim).to(output.dtype)
 
     def vectors(seed: int, probe: int) -> Tensor:
-        z = rows.sqrt() * philox.signs(rows, seed, philox.OUTPUTS, probe)
+        z = rows.sqrt() * rademacher(rows, seed=seed, layer=OUTPUTS, probe=probe)
         return shaped(s.reshape(n, -1, 1) * (z - rows * z.sum(-1, keepdim=True)))
 
     def columns() -> Iterator[Tensor]:
@@ -221,7 +222,7 @@ def _elementwise(output: Tensor, h: Tensor) -> OutputHessian:
     root = h.expand(output.shape).sqrt()
 
     def vectors(seed: int, probe: int) -> Tensor:
-        return (root * philox.signs(root, seed, philox.OUTPUTS, probe)).to(output.dtype)
+        return (root * rademacher(root, seed=seed, layer=OUTPUTS, probe=probe)).to(output.dtype)
 
     def columns() -> Iterator[Tensor]:
         flat = root.reshape(len(root), -1)

@@ -17,11 +17,11 @@ from lwkd.losses.jacobian import common_grid
 from lwkd.meters.blocks import SIDES, Blocks
 from lwkd.meters.parameters import paired, say_what_does_not_factor
 from lwkd.meters.projection import Projection
-from lwkd.ops import attention_maps, jacobian
+from lwkd.ops import attention_maps, jacobian, rademacher
 from lwkd.ops.checks import choice, flag, message, number
 from lwkd.ops.factors import Factors, Item
 from lwkd.ops.jacobian_reference import COMPARISONS
-from lwkd.ops.philox import OUTPUTS, signs
+from lwkd.ops.philox import OUTPUTS
 
 _OP = "JacobianMeter"
 _PROJECTIONS = {
@@ -261,7 +261,7 @@ class JacobianMeter(Blocks[Calls]):
         for i, pair in enumerate(self.pairs):
             both = [_once(capture, i) for capture in maps]
             s, t = common_grid(_OP, both[0], both[1], layer=pair.teacher)
-            v = signs(s, self.seed, OUTPUTS, i)
+            v = rademacher(s, seed=self.seed, layer=OUTPUTS, probe=i)
             if self.projection == "top":
                 top = t.detach().argmax(1, keepdim=True).to(s.device)
                 v = torch.zeros_like(s).scatter_(1, top, 1)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.ops import rademacher
 from lwkd.ops.checks import message
-from lwkd.ops.philox import OUTPUTS, signs
+from lwkd.ops.philox import OUTPUTS
 
 
 class Projection:
@@ -40,7 +41,7 @@ class Projection:
             expected = "a network that puts out a floating tensor [N, ...]"
             raise ValueError(message(self._op, side, expected, got))
         if self._kind == "rademacher":
-            return (signs(output, self._seed, OUTPUTS) * output).sum()
+            return (rademacher(output, seed=self._seed, layer=OUTPUTS) * output).sum()
         if self._kind == "loss":
             target = self._target
             target = target.to(output.device) if isinstance(target, Tensor) else target

@@ -28,9 +28,10 @@ def trace(net: nn.Module, name: str, **options: Any) -> lwkd.TraceEstimate:
 
 
 def pooled(net: nn.Module, name: str, estimator: str, seeds: int = 20, probes: int = 64) -> Tensor:
-    """Samples [seeds · probes, L]."""
+    """Samples [seeds · probes, L]: one seed's probe by probe, the others' all at once."""
     return torch.cat([
-        trace(net, name, estimator=estimator, probes=probes, seed=seed).samples
+        trace(net, name, estimator=estimator, probes=probes, seed=seed,
+              chunk=1 if seed == 0 else probes).samples
         for seed in range(seeds)
     ])  # fmt: skip
 
