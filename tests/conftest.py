@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # a GPU machine may lack it; no GPU test needs it
