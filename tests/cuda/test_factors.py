@@ -77,8 +77,6 @@ def target(library: Path) -> Iterator[Emulation]:
 def test_against_gradients_that_are_built(
     target: Any, name: str, contraction: str, way: str
 ) -> None:
-    if (name, contraction) == ("many rows", "gram"):
-        pytest.skip("half a minute in the emulator: test_work_in_parts has grams of many blocks")
     battery.test_against_gradients_that_are_built(target, name, contraction, way)
 
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <math.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -22,6 +21,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+
+#include "stacks.h"
 
 #define __global__
 #define __device__
@@ -48,10 +49,14 @@ namespace emulator {
 }
 
 struct Fiber {
-  ucontext_t context;
+  Place place;
   std::vector<char> stack;
   bool finished;
+  const unsigned* barrier;  // whose generation must change before it goes on
+  unsigned generation;
   void* fake_stack;
+
+  bool ready() const { return !finished && (barrier == nullptr || *barrier != generation); }
 };
 
 struct Warp {
@@ -67,7 +72,7 @@ struct Machine {
   std::vector<char> shared;
   std::function<void()> body;
   std::mt19937 random;
-  ucontext_t scheduler;
+  Place scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
   void* scheduler_fake_stack = nullptr;
@@ -86,7 +91,7 @@ inline void to_scheduler(bool last) {
                                  machine.scheduler_stack_size);
 #endif
   (void)last;
-  swapcontext(&fiber.context, &machine.scheduler);
+  change(fiber.place, machine.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
@@ -111,10 +116,19 @@ inline void resume(unsigned thread) {
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack.data(),
                                  fiber.stack.size());
 #endif
-  swapcontext(&machine.scheduler, &fiber.context);
+  change(machine.scheduler, fiber.place);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 #endif
+}
+
+// Until the last one arrives.
+inline void wait(const unsigned& barrier, unsigned generation) {
+  Fiber& fiber = machine.fibers[machine.current];
+  fiber.generation = generation;
+  fiber.barrier = &barrier;
+  if (barrier == generation) to_scheduler(false);
+  fiber.barrier = nullptr;
 }
 
 inline void sync_block(int line) {
@@ -128,7 +142,7 @@ inline void sync_block(int line) {
     m.arrived = 0;
     ++m.generation;
   }
-  while (m.generation == generation) to_scheduler(false);
+  wait(m.generation, generation);
 }
 
 template <typename T>
@@ -146,7 +160,7 @@ T shuffle_xor(unsigned mask, T value, int lane_mask, int line) {
     warp.arrived = 0;
     ++warp.generation;
   }
-  while (warp.generation == generation) to_scheduler(false);
+  wait(warp.generation, generation);
   std::memcpy(&value, &warp.result[lane ^ static_cast<unsigned>(lane_mask)], sizeof(T));
   return value;
 }
@@ -159,13 +173,10 @@ inline void run_block() {
   for (unsigned t = 0; t < m.threads; ++t) {
     Fiber& fiber = m.fibers[t];
     fiber.finished = false;
+    fiber.barrier = nullptr;
     fiber.fake_stack = nullptr;
     fiber.stack.resize(64 * 1024);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    begin(fiber.place, fiber.stack.data(), fiber.stack.size(), fiber_main);
   }
   std::vector<unsigned> order(m.threads);
   std::iota(order.begin(), order.end(), 0u);
@@ -176,7 +187,7 @@ inline void run_block() {
         all ? 0u : static_cast<unsigned>(m.random());  // warps that fall behind
     std::shuffle(order.begin(), order.end(), m.random);
     for (unsigned t : order)
-      if (!m.fibers[t].finished && (resting >> t / 32 & 1u) == 0) resume(t);
+      if (m.fibers[t].ready() && (resting >> t / 32 & 1u) == 0) resume(t);
     if (!m.progress && all) fail("deadlock", m.line);
     all = !m.progress;
   }
