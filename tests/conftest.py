@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -48,6 +49,11 @@ def lacks_the_second(item: pytest.Item) -> bool:
     return marked(item, "two_gpus") and torch.cuda.device_count() == 1
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers take files in order: xdist keeps those of few tests for the end, the longest too."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = not (torch.cuda.is_available() or REQUIRE_GPU)
     for item in items:
@@ -55,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
         elif lacks_the_second(item):
             item.add_marker(pytest.mark.skip(reason="one GPU: another device is unproven"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no test's gc.collect() need walk over it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

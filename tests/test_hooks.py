@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lwkd.hooks import COMPILED, Capture, compiled_module, first_tensor, run, untouched
 from lwkd.layers import pair_layers
+from tests.growth import live_tensors
 from tests.test_layers import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -39,11 +39,6 @@ def shapes(op, *modules):
 
 def fail(*_):
     raise ArithmeticError
-
-
-def live_tensors():
-    gc.collect()
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
 class Checkpointed(nn.Module):

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import logging
 import math
-import os
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from lwkd import policy
 from lwkd.layers import LayerPairs, pair_layers
 from lwkd.meters import AttentionMeter
 from lwkd.schedule import LayerwiseLR, param_groups_layerwise
+from tests.growth import live_tensors, resident
 
 NAMES = ["block1", "block2"]
 
@@ -955,11 +953,6 @@ def test_torchs_warning_about_the_order_of_steps():
         rates.step(3)
 
 
-def live_tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-
 @pytest.mark.parametrize("tensor", [False, True])
 def test_ten_thousand_updates_leave_nothing_behind(tensor):
     """Fault 18, for the scheduler: tensors +0 between update 100 and update 10,000."""
@@ -973,10 +966,6 @@ def test_ten_thousand_updates_leave_nothing_behind(tensor):
         if i == 100:
             before = live_tensors()
     assert live_tensors() <= before  # less: what other tests have left may go meanwhile
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow
@@ -998,8 +987,7 @@ def test_a_whole_training_loop_does_not_grow():
         rates.update(meter.discrepancy())
         rates.step()
         if i == 100:
-            gc.collect()
-            before, tensors = resident(), live_tensors()
+            tensors, before = live_tensors(), resident()
     assert live_tensors() == tensors
     assert resident() - before < 2**20
     assert rates.multipliers.ne(1).any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lwkd
 from lwkd import hessian_trace
 from lwkd.ops import philox
 from tests.curvature.networks import CLASSES, CNN, LAYERS, NETWORKS, X, Y, exact, network
+from tests.growth import live_tensors, resident
 from tests.ops.battery import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -416,16 +416,15 @@ def test_everything_is_left_as_it_was(estimator: str) -> None:
 def test_memory_does_not_grow() -> None:
     """Of tensors that Python knows, and of the process: graphs live in C++."""
     net = network("MLP")
-    tensors, resident = [], []
+    tensors, memory = [], []
     for k in range(1000):
         hessian_trace(net, F.cross_entropy, (X, Y), probes=1, estimator=("auto", "block")[k % 2])
         if k in (199, 999):
-            gc.collect()
-            tensors.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
-            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+            tensors.append(live_tensors())
+            memory.append(resident())
     assert tensors[1] <= tensors[0]
     # A graph of this network is 4 KiB and more, 800 of them 3 MiB.
-    assert resident[1] - resident[0] < 2 * 2**20, resident
+    assert memory[1] - memory[0] < 2 * 2**20, memory
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import nn
 from lwkd.layers import pair_layers
 from lwkd.meters import AttentionMeter
 from lwkd.ops import layer_discrepancy
-from tests.test_hooks import Checkpointed, compiled_forms, hooks, live_tensors, net
+from tests.growth import live_tensors
+from tests.test_hooks import Checkpointed, compiled_forms, hooks, net
 from tests.test_layers import IMAGE, ResNet, ViT, ddp, one_thread, plain
 
 __all__ = ["ddp", "one_thread"]  # fixtures

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lwkd
 from tests import cases, oracle
 from tests.cases import LAYOUTS, NAMES, Target, each_target, fast_target
+from tests.growth import live_tensors, resident
 from tests.ops.battery import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -383,15 +383,6 @@ def test_generators_are_left_alone(target: Target) -> None:
 
 
 # --- growth --------------------------------------------------------------------------------------
-
-
-def live_tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.parametrize("backend", NAMES[:2])
