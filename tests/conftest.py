@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests import interpreter
-
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests import interpreter
+
     interpreter.quicken()
 
 try:
@@ -78,6 +79,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if promised and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped although LWKD_REQUIRE_GPU=1"
+
+
+@pytest.fixture
+def ddp(tmp_path: Path):
+    """DistributedDataParallel, in a group of this process alone.
+
+    A test's wrappers go before the group does: a reducer that holds it last waits for gloo's
+    threads with Python's lock in hand, which one of them may be waiting for.
+    """
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch has no gloo")
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.nn.parallel.DistributedDataParallel
+    gc.collect()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

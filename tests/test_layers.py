@@ -513,16 +513,6 @@ def test_outputs_without_a_tensor():
 # --- wrappers ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ddp(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0,
-                            world_size=1)  # fmt: skip
-    yield nn.parallel.DistributedDataParallel
-    dist.destroy_process_group()
-
-
 def test_wrappers_are_looked_through(ddp):
     student, teacher = ResNet(), ResNet()
     teacher.layer2 = torch.compile(teacher.layer2, backend="eager")

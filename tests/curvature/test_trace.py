@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,20 +310,13 @@ def test_wrapped_and_compiled_networks() -> None:
         torch.testing.assert_close(got.mean, want)
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
-def test_a_network_under_ddp(tmp_path: Path) -> None:
+def test_a_network_under_ddp(ddp: Any) -> None:
     """DDP refuses second derivatives: the network inside is what is measured."""
     net = network("CNN, GELU")
     want = trace(net, "CNN, GELU", probes=2)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
-    )
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        got = hessian_trace(wrapped, F.cross_entropy, (X, Y), LAYERS["CNN, GELU"], probes=2)
-        F.cross_entropy(wrapped(X), Y).backward()  # its reducer works as before
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = ddp(net)
+    got = hessian_trace(wrapped, F.cross_entropy, (X, Y), LAYERS["CNN, GELU"], probes=2)
+    F.cross_entropy(wrapped(X), Y).backward()  # its reducer works as before
     assert torch.equal(got.samples, want.samples)
     assert all(p.grad is not None for p in net.parameters())
 

@@ -14,9 +14,9 @@ from lwkd.meters import AttentionMeter
 from lwkd.ops import layer_discrepancy
 from tests.growth import live_tensors
 from tests.test_hooks import Checkpointed, compiled_forms, hooks, net
-from tests.test_layers import IMAGE, ResNet, ViT, ddp, one_thread, plain
+from tests.test_layers import IMAGE, ResNet, ViT, one_thread, plain
 
-__all__ = ["ddp", "one_thread"]  # fixtures
+__all__ = ["one_thread"]  # a fixture
 
 
 # --- oracle ------------------------------------------------------------------------------------

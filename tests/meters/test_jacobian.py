@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -471,22 +470,17 @@ def test_a_compiled_network_is_measured() -> None:
     torch._dynamo.reset()
 
 
-def test_a_network_under_ddp(tmp_path: Path) -> None:
+def test_a_network_under_ddp(ddp: Any) -> None:
     """``measure`` runs the module inside, so that no reduction is waited for; a step runs DDP."""
-    plain, wrapped = networks(), networks()
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        ddp = nn.parallel.DistributedDataParallel(wrapped[0])
-        pairs = pair_layers(ddp, wrapped[1], LAYERS[Residual])
-        assert torch.equal(JacobianMeter(pairs).measure(X), meter(plain).measure(X))
-        for _ in range(2):
-            m = JacobianMeter(pairs, projection="loss")
-            got = step(m, [ddp, wrapped[1]])
-            assert torch.equal(got, step(meter(plain, projection="loss"), plain))
-            assert torch.equal(m.measure(X, Y, F.cross_entropy), got)
-    finally:
-        torch.distributed.destroy_process_group()
+    plain, (student, teacher) = networks(), networks()
+    student = ddp(student)
+    pairs = pair_layers(student, teacher, LAYERS[Residual])
+    assert torch.equal(JacobianMeter(pairs).measure(X), meter(plain).measure(X))
+    for _ in range(2):
+        m = JacobianMeter(pairs, projection="loss")
+        got = step(m, [student, teacher])
+        assert torch.equal(got, step(meter(plain, projection="loss"), plain))
+        assert torch.equal(m.measure(X, Y, F.cross_entropy), got)
 
 
 # --- bad input -----------------------------------------------------------------------------------
