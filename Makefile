@@ -16,7 +16,7 @@ HAS_SETUPTOOLS := import setuptools as s; assert tuple(map(int, s.__version__.sp
 # setuptools >= 70.1 brings what it needs of packaging and wheel itself, and torch its packaging.
 BUILD := setuptools ninja pybind11
 RUN := pytest pytest_benchmark numpy
-EXTRA := hypothesis pytest_timeout xdist sklearn matplotlib rich
+EXTRA := hypothesis xdist sklearn matplotlib rich
 # A file a worker: what one builds for its tests is built once.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile
 LINT := ruff mypy clang_format pre_commit
