@@ -197,7 +197,7 @@ def measure(target: Target, s: list[Any], t: list[Any], contraction: str, way: s
 def skip_long(target: Target, name: str, contraction: str, way: str = "normalized") -> None:
     """What the interpreter takes long for: of most items it tries one way."""
     if target.slow and (name, contraction) == ("many rows", "gram"):
-        pytest.skip("the interpreter takes minutes")
+        pytest.skip("a minute and a half in the interpreter")
     if target.slow and way != "normalized" and name not in FEW:
         pytest.skip("the interpreter tries this one normalized")
 
